@@ -1,0 +1,349 @@
+"""
+How good is it? Semantic textual similarity, and the shape of the embedding space.
+
+    python eval_sts.py runs/mine                                        # a folder, a Hub id, or mini
+    python eval_sts.py bert-base-uncased --pooling first-last --verbose --json scores.json
+
+Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). A test has `score(encode)`
+and comes from `read_test`: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the built-in doc twins),
+or a .tsv file of pairs.
+
+Scores are 100 x Spearman's ρ of cosines with human scores. Two conventions share that name: "all"
+ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all"; both
+are printed. The average is that of the seven scores, each rounded to two decimals first, as in SimCSE.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import data as corpora
+from losses import alignment, cosine, uniformity
+from model import POOLINGS, SentenceEncoder, check_vocabulary, encode, load
+
+Pair = tuple[str, str, float]                       # sentence, sentence, human score
+Encode = Callable[[Sequence[str]], Tensor]          # N sentences -> (N, D)
+
+# Scored pairs of every subset: a file with another count is damaged. STS15 and STS16 hold more
+# pairs, but only these were given a score; STS13 lacks SMT, whose licence forbids copies.
+STS = {
+    "STS12": {"MSRpar": 750, "MSRvid": 750, "SMTeuroparl": 459, "surprise.OnWN": 750,
+              "surprise.SMTnews": 399},
+    "STS13": {"FNWN": 189, "headlines": 750, "OnWN": 561},
+    "STS14": {"deft-forum": 450, "deft-news": 300, "headlines": 750, "images": 750, "OnWN": 750,
+              "tweet-news": 750},
+    "STS15": {"answers-forums": 375, "answers-students": 750, "belief": 375, "headlines": 750,
+              "images": 750},
+    "STS16": {"answer-answer": 254, "headlines": 249, "plagiarism": 230, "postediting": 244,
+              "question-question": 209},
+}
+STSB = {"train": 5749, "dev": 1500, "test": 1379}
+SICK = {"train": 4500, "trial": 500, "test_annotated": 4927}
+
+
+# ---- reading --------------------------------------------------------------------------------
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a UTF-8 file. Only \\n ends one: texts hold U+0085 and its like."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, found the byte "
+                         f"{error.object[error.start]:#04x} at position {error.start}") from None
+    return text.removesuffix("\n").split("\n")
+
+
+def pair_at(place: str, left: str, right: str, score: str) -> Pair:
+    """One pair with its score; runs of white space become one space, as in SentEval."""
+    try:
+        value = float(score)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and left.strip() and right.strip()):
+        raise ValueError(f"{place}: expected two sentences and a score, "
+                         f"found {(left[:40], right[:40], score[:20])}")
+    return " ".join(left.split()), " ".join(right.split()), value
+
+
+def columns_of(path: Path, rows: list[str], order: Sequence[int]) -> Iterator[Pair]:
+    """Pairs from tab-separated lines; `order` says which columns are left, right and score."""
+    for number, row in enumerate(rows, start=1):
+        cells = row.rstrip("\r").split("\t")
+        if len(cells) <= max(order):
+            raise ValueError(f"{path}:{number}: expected at least {max(order) + 1} columns with "
+                             f"tabs between, found {len(cells)} in {row[:60]!r}")
+        yield pair_at(f"{path}:{number}", *(cells[i] for i in order))
+
+
+def counted(pairs: list[Pair], path: Path, expected: int) -> list[Pair]:
+    """The pairs, if they are all there."""
+    if len(pairs) != expected:
+        raise ValueError(f"{path}: expected {expected} scored pairs, found {len(pairs)}: the file "
+                         "is damaged or of another version")
+    return pairs
+
+
+def read_subset(folder: Path, name: str, expected: int) -> list[Pair]:
+    """STS.input.NAME.txt beside STS.gs.NAME.txt; pairs without a score were never judged."""
+    path = folder / f"STS.input.{name}.txt"
+    texts, scores = lines_of(path), lines_of(folder / f"STS.gs.{name}.txt")
+    if len(texts) != len(scores):
+        raise ValueError(f"{path}: expected {len(scores)} lines, one for each line of "
+                         f"STS.gs.{name}.txt, found {len(texts)}")
+    judged = [f"{text}\t{score}" for text, score in zip(texts, scores) if score.strip()]
+    return counted(list(columns_of(path, judged, (0, 1, 2))), path, expected)
+
+
+def read_stsb(senteval: Path, split: str) -> list[Pair]:
+    """STS Benchmark: columns genre, file, year, id, score, sentence, sentence."""
+    path = senteval / "STS" / "STSBenchmark" / f"sts-{split}.csv"
+    return counted(list(columns_of(path, lines_of(path), (5, 6, 4))), path, STSB[split])
+
+
+def read_sick(senteval: Path, split: str) -> list[Pair]:
+    """SICK relatedness: a header, then id, sentence, sentence, score, entailment."""
+    path = senteval / "SICK" / f"SICK_{split}.txt"
+    return counted(list(columns_of(path, lines_of(path)[1:], (1, 2, 3))), path, SICK[split])
+
+
+def read_seven(senteval: Path) -> dict[str, dict[str, list[Pair]]]:
+    """The seven tasks of SimCSE's Table 5: task -> subset -> pairs."""
+    tasks = {
+        task: {name: read_subset(senteval / "STS" / f"{task}-en-test", name, expected)
+               for name, expected in subsets.items()}
+        for task, subsets in STS.items()
+    }
+    return tasks | {"STS-B": {"test": read_stsb(senteval, "test")},
+                    "SICK-R": {"test": read_sick(senteval, "test_annotated")}}
+
+
+# ---- scoring --------------------------------------------------------------------------------
+
+def spearman(predicted: Sequence[float], gold: Sequence[float]) -> float:
+    """100 x Spearman's ρ, ties at their average rank; NaN where one side is constant."""
+    from scipy.stats import spearmanr                             # 0.4 s to import: only if used
+    if len(set(predicted)) == 1:                                  # a collapsed encoder
+        return math.nan
+    return 100 * float(spearmanr(predicted, gold).statistic)
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def average(scores: dict[str, float]) -> float:
+    """The mean of scores rounded to two decimals each: what SimCSE's tables print."""
+    return mean([round(score, 2) for score in scores.values()])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a test found. `scores` has a value per task and "avg"; the rest is detail."""
+    scores: dict[str, float]                                      # "all"
+    mean: dict[str, float] = field(default_factory=dict)          # over the subsets of each task
+    subsets: dict[str, dict[str, float]] = field(default_factory=dict)
+    pairs: dict[str, int] = field(default_factory=dict)
+    geometry: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StsTest:
+    """Pairs of sentences with human scores, by task and subset."""
+    tasks: dict[str, dict[str, list[Pair]]]
+    geometry_of: dict[str, list[Pair]] = field(default_factory=dict)   # name of a split -> pairs
+
+    def score(self, encode: Encode) -> Result:
+        """Every sentence is encoded once, all tasks in one call."""
+        groups = [pairs for subsets in self.tasks.values() for pairs in subsets.values()]
+        groups += self.geometry_of.values()
+        texts = sorted({text for pairs in groups for left, right, _ in pairs
+                        for text in (left, right)})
+        vectors, row = encode(texts), {text: i for i, text in enumerate(texts)}   # (N, D)
+
+        def sides(pairs: list[Pair]) -> tuple[Tensor, Tensor]:                    # 2 x (P, D)
+            return vectors[[row[p[0]] for p in pairs]], vectors[[row[p[1]] for p in pairs]]
+
+        found = {task: score_task(subsets, sides) for task, subsets in self.tasks.items()}
+        scores = {task: every for task, (every, _) in found.items()}
+        means = {task: mean(list(parts.values())) for task, (_, parts) in found.items()}
+        return Result(
+            scores=scores | {"avg": average(scores)}, mean=means | {"avg": average(means)},
+            subsets={task: parts for task, (_, parts) in found.items()},
+            pairs={task: sum(map(len, subsets.values())) for task, subsets in self.tasks.items()},
+            geometry={name: geometry(pairs, *sides(pairs))
+                      for name, pairs in self.geometry_of.items()})
+
+
+def score_task(subsets: dict[str, list[Pair]], sides: Callable) -> tuple[float, dict[str, float]]:
+    """("all" score of the task, score of each of its subsets)."""
+    likeness = {name: F.cosine_similarity(*sides(pairs)).tolist()
+                for name, pairs in subsets.items()}
+    gold = {name: [score for _, _, score in pairs] for name, pairs in subsets.items()}
+    every = spearman(sum(likeness.values(), []), sum(gold.values(), []))
+    return every, {name: spearman(likeness[name], gold[name]) for name in subsets}
+
+
+def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]:
+    """Alignment of the pairs scored above 4, uniformity of all sentences, repeats included.
+
+    SimCSE, section 2 and footnote 3; `left` and `right` are (P, D).
+    """
+    alike = torch.tensor([score > 4 for _, _, score in pairs])
+    return {"alignment": alignment(left[alike], right[alike]).item() if alike.any() else math.nan,
+            "uniformity": uniformity(torch.cat([left, right])).item()}
+
+
+@dataclass(frozen=True)
+class TwinTest:
+    """Find the NumPy or SciPy function by its first sentence, from that of its PyTorch namesake."""
+    twins: list[tuple[str, str, str]]                             # name, torch's, numpy's
+
+    def score(self, encode: Encode) -> Result:
+        """acc@1: found first, in percent. mrr: 100 x the mean of 1 / rank."""
+        _, ours, theirs = zip(*self.twins)
+        likeness = cosine(*encode(ours + theirs).chunk(2))        # (N, N)
+        own = likeness.diagonal()[:, None]                        # (N, 1)
+        # A tie counts against the encoder, or a collapsed one would find all of them.
+        rank = (likeness >= own).sum(dim=1).float()               # (N,), 1 is best
+        first = 100 * (rank == 1).float().mean().item()
+        return Result(scores={"acc@1": first, "mrr": 100 * (1 / rank).mean().item(), "avg": first},
+                      pairs={"doc twins": len(self.twins)})
+
+
+def read_test(name: str, data: Path | None = None, *, split: str = "test") -> StsTest | TwinTest:
+    """A test by its name (`docs`, `stsb`, `sts`) or from a .tsv file of scored pairs."""
+    if name == "docs":
+        return TwinTest(corpora.doc_twins())
+    if name.endswith(".tsv"):
+        path = Path(name)
+        pairs = list(columns_of(path, lines_of(path), (0, 1, 2)))
+        return StsTest({path.stem: {path.stem: pairs}}, {path.stem: pairs})
+    if name not in ("stsb", "sts"):
+        raise ValueError(f"expected a test called docs, stsb or sts, or a .tsv file, found {name!r}")
+    senteval = corpora.senteval_folder(data)
+    if name == "stsb":
+        pairs = read_stsb(senteval, split)
+        return StsTest({"STS-B": {split: pairs}}, {f"STS-B {split}": pairs})
+    whole = [pair for part in STSB for pair in read_stsb(senteval, part)]
+    return StsTest(read_seven(senteval),
+                   {"STS-B test": read_stsb(senteval, "test"), "STS-B whole": whole})
+
+
+# ---- showing --------------------------------------------------------------------------------
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """Markdown: one row per name, one column per task."""
+    tasks = list(next(iter(rows.values())))
+    lines = [["", *tasks], ["---", *("--:" for _ in tasks)]]
+    lines += [[name, *(f"{row[task]:.2f}" for task in tasks)] for name, row in rows.items()]
+    width = [max(len(line[i]) for line in lines) for i in range(len(tasks) + 1)]
+    return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, width)) + " |"
+                     for line in lines)
+
+
+def report(result: Result, *, verbose: bool = False) -> str:
+    """The result as Markdown."""
+    rows = {"all": result.scores} | ({"mean": result.mean} if result.mean else {})
+    parts = [table(rows if result.mean else {"doc twins": result.scores})]
+    if verbose:
+        parts += [f"{task}\n\n" + table({"rho": subsets})
+                  for task, subsets in result.subsets.items()]
+    parts += [f"alignment {shape['alignment']:.3f}, uniformity {shape['uniformity']:.3f} on {name}"
+              for name, shape in result.geometry.items()]
+    return "\n\n".join(parts)
+
+
+def plain(value):
+    """JSON has no NaN: a score that could not be computed is null there."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+# ---- the program ----------------------------------------------------------------------------
+
+@contextmanager
+def exits(code: int):
+    """What is wrong with the input goes to stderr in one sentence, and the program ends."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`: the first accelerator that is there. Anything else: a name that torch knows."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else
+                            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"--device {name}: this machine or this build of torch has none; "
+                         "use --device auto or cpu") from None
+    return torch.device(name)
+
+
+def open_encoder(folder: Path, *, pooling: str | None = None
+                 ) -> tuple[SentenceEncoder, corpora.Tokenizer]:
+    """Encoder and tokenizer of a folder, checked against each other."""
+    model = load(folder, pooling=pooling)
+    tokenizer = corpora.Tokenizer.read(folder)
+    check_vocabulary(model.config, tokenizer.vocab_size)
+    return model, tokenizer
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Score a sentence encoder.")
+    parser.add_argument("encoder", help="a folder, a Hub id, or mini")
+    parser.add_argument("--test", default="sts", help="sts, stsb, docs or a .tsv file [sts]")
+    parser.add_argument("--split", default="test", choices=STSB, help="of stsb [test]")
+    parser.add_argument("--data", type=Path, help="folder with senteval/ (or MINCSE_DATA)")
+    parser.add_argument("--pooling", choices=POOLINGS, help="instead of the folder's own")
+    parser.add_argument("--max-tokens", type=int, help="cut longer sentences [the folder's limit]")
+    parser.add_argument("--batch-size", type=int, default=64, help="[64]")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="[fp32]")
+    parser.add_argument("--threads", type=int, default=0, help="processor threads [all]")
+    parser.add_argument("--verbose", action="store_true", help="every subset of every task")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    args = parser.parse_args(argv)
+    for name in ("max_tokens", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 3:
+            parser.error(f"--{name.replace('_', '-')} must be at least 3")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    with exits(2):
+        device = pick_device(args.device)
+    with exits(3):
+        test = read_test(args.test, args.data, split=args.split)
+        model, tokenizer = open_encoder(corpora.encoder_folder(args.encoder),
+                                        pooling=args.pooling)
+    precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
+    result = test.score(partial(encode, model.to(device), tokenizer, batch_size=args.batch_size,
+                                max_tokens=args.max_tokens, precision=precision))
+    print(f"{args.encoder}: {model.pooling} pooling, {args.max_tokens or model.max_tokens} tokens "
+          f"at most, {args.precision}\n\n{report(result, verbose=args.verbose)}")
+    if args.json:
+        with exits(2):
+            args.json.write_text(json.dumps(plain(asdict(result)), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""
+mincse: train a sentence encoder with one command, and score it honestly.
+
+    python mincse.py                                  # built-in encoder, corpus and test: minutes
+    python mincse.py --encoder bert-base-uncased --corpus wiki1m --test sts      # SimCSE's Table 5
+
+Read `train` first: it is the algorithm box, and all the rest serves it.
+
+    config.py     what can be set          data.py       texts, tokens, batches
+    methods.py    views and loss of a paper   model.py   encoder, poolings, heads
+    eval_sts.py   scores                   runs.py       the folder that a run leaves
+
+Order of a run: read everything and check it, score the start, train while the best model (by the dev
+score) is kept on disk, score the best.
+"""
+
+import random
+import resource
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import config as settings
+import data
+import runs
+from config import Config
+from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pick_device,
+                      read_test, report)
+from losses import alignment, cosine, uniformity
+from methods import METHODS, Encoded, SimCSE, check
+from model import Head, MaskedLMHead, SentenceEncoder, encode, load, load_masked_lm, save
+
+LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
+
+
+# ---- the training loop ----------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Batch:
+    """V columns of B texts as one block of tokens, and the same masked where that is asked for."""
+    ids: Tensor                       # (V·B, T)
+    mask: Tensor                      # (V·B, T)
+    columns: int                      # V
+    masked: Tensor | None = None      # (V·B, T)
+    labels: Tensor | None = None      # (V·B, T)
+
+    def to(self, device: torch.device) -> "Batch":
+        moved = {name: value.to(device, non_blocking=True)
+                 for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def make_batches(method: SimCSE, tokenizer: data.Tokenizer, config: Config, *, steps: int,
+                 first: int) -> Iterator[Batch]:
+    """The batches of steps first..steps. Each is a function of seed and step: nothing to save."""
+    n = len(method.corpus)
+    epochs = -(-steps // (n // config.batch_size))
+    order = data.batches(n, config.batch_size, seed=config.seed, epochs=epochs)
+    for step, rows in enumerate(islice(order, first - 1, steps), start=first):
+        columns = method.views(rows, random.Random(f"{config.seed} {step}"))
+        ids, mask = tokenizer([text for column in columns for text in column],
+                              max_tokens=config.max_tokens)
+        batch = Batch(ids, mask, len(columns))
+        if config.mlm_weight:
+            masked, labels = data.mask_tokens(
+                ids, mask_id=tokenizer.mask_id, special_ids=tokenizer.special_ids,
+                vocab_size=tokenizer.vocab_size, rate=config.mlm_rate,
+                generator=torch.Generator().manual_seed(step_seed(config, step)))
+            batch = replace(batch, masked=masked, labels=labels)
+        yield batch
+
+
+def step_seed(config: Config, step: int) -> int:
+    """Dropout and token masks of a step depend on nothing else, so that a resumed run is exact."""
+    return config.seed * 1_000_003 + step
+
+
+def masked_lm_loss(model: SentenceEncoder, lm_head: MaskedLMHead, batch: Batch) -> Tensor:
+    """Cross-entropy of the masked tokens, in a second forward pass (SimCSE, section 2)."""
+    hidden = model.encoder(batch.masked, batch.mask)[-1]          # (V·B, T, D)
+    asked = batch.labels != -100                                  # (V·B, T)
+    wrong = F.cross_entropy(lm_head(hidden[asked]).float(), batch.labels[asked], reduction="sum")
+    return wrong / asked.sum().clamp(min=1)                       # with no token masked: 0, not NaN
+
+
+def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Iterator[Batch],
+          config: Config, *, steps: int, first: int, device: torch.device, bf16: bool
+          ) -> Iterator[tuple[int, Tensor, Encoded]]:
+    """Steps first..steps. Yields (step, loss, what was compared); the caller logs and saves."""
+    model, method = parts["model"], parts["method"]
+    for step, batch in enumerate(batches, start=first):
+        torch.manual_seed(step_seed(config, step))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * (1 - (step - 1) / steps)
+        model.train()                                             # the caller may have scored it
+
+        batch = batch.to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            rows = model(batch.ids, batch.mask).float()           # (V·B, D)
+            extra = (config.mlm_weight * masked_lm_loss(model, parts["lm_head"], batch)
+                     if config.mlm_weight else 0)
+        out = Encoded(list(rows.chunk(batch.columns)), step, steps)
+        loss = method.loss(out) + extra
+
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parts.parameters(), config.clip)
+        optimizer.step()
+        yield step, loss.detach(), out
+
+
+@torch.no_grad()
+def figures(out: Encoded) -> dict[str, float]:
+    """What the batch looked like to the loss: on embeddings with dropout and the training head."""
+    likeness = cosine(out.anchor, out.positive)                   # (B, B)
+    own = likeness.diagonal()
+    others = (likeness.sum() - own.sum()) / (likeness.numel() - len(own))
+    return {"alignment": alignment(out.anchor, out.positive).item(),
+            "uniformity": uniformity(out.anchor).item(), "positive_cosine": own.mean().item(),
+            "lowest_positive_cosine": own.min().item(), "negative_cosine": others.item()}
+
+
+# ---- setting up -----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every seed of a run shares: read, checked, never changed."""
+    corpus: data.Corpus
+    tokenizer: data.Tokenizer
+    folder: Path                      # of the encoder
+    dev: StsTest | TwinTest | None
+    test: StsTest | TwinTest
+    config: Config                    # all defaults and recipes filled in
+    doctor: dict
+    device: torch.device
+
+
+def read_inputs(given: dict) -> Inputs:
+    """Everything from outside is read here, before the first step."""
+    asked = Config(**given)
+    with exits(2):
+        settings.validate(asked)
+        device = pick_device(asked.device)
+    with exits(3):
+        own = Path(asked.data) if asked.data else None
+        corpus = data.read_corpus(asked.corpus, own)
+        folder = data.encoder_folder(asked.encoder)
+        model, tokenizer = open_encoder(folder, pooling=asked.pooling)
+        config = settings.resolve(given, model_type=model.config.model_type,
+                                  width=model.config.width, columns=len(corpus.columns))
+        test = read_test(config.test, own)
+        dev = None if config.dev == "none" else read_test(config.dev, own, split="dev")
+        doctor = data.doctor(corpus, tokenizer, max_tokens=config.max_tokens)
+    with exits(2):
+        settings.validate(config)
+        check(config, len(corpus.columns))
+        check_fit(config, len(corpus), model.config.usable_positions)
+    return Inputs(corpus, tokenizer, folder, dev, test, config, doctor, device)
+
+
+def check_fit(config: Config, rows: int, positions: int) -> None:
+    """The corpus must fill a batch, and a sentence must fit into the encoder."""
+    if rows < config.batch_size:
+        raise ValueError(f"--batch-size {config.batch_size} needs a corpus of as many rows, found "
+                         f"{rows} in {config.corpus}: use --batch-size {rows} or less")
+    if not 3 <= config.max_tokens <= positions:
+        raise ValueError(f"--max-tokens: expected 3 to {positions}, the encoder's positions, "
+                         f"found {config.max_tokens}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one seed trains, and with what."""
+    config: Config
+    inputs: Inputs
+    parts: nn.ModuleDict              # model, method, and lm_head where the loss has that term
+    optimizer: torch.optim.Optimizer
+    steps: int
+    bf16: bool
+
+    @property
+    def model(self) -> SentenceEncoder:
+        return self.parts["model"]
+
+    @property
+    def encode(self) -> Encode:
+        """Scores are computed in float32, whatever the precision of training."""
+        return partial(encode, self.model, self.inputs.tokenizer)
+
+
+def build(inputs: Inputs, config: Config) -> Job:
+    """A fresh model for one seed, without its training head: that comes with the first step."""
+    torch.manual_seed(config.seed)                                # the head's weights
+    model = load(inputs.folder, pooling=config.pooling, dropout=config.dropout)
+    width = model.config.width
+    parts = nn.ModuleDict({"model": model,
+                           "method": METHODS[config.method](inputs.corpus, config, width=width)})
+    if config.mlm_weight:
+        parts["lm_head"] = load_masked_lm(inputs.folder, model)
+    if config.head != "none":
+        model.head, model.keep_head = Head(width), config.head == "keep"
+    parts.to(inputs.device)
+    optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=config.weight_decay, fused=True)
+    per_epoch = len(inputs.corpus) // config.batch_size
+    return Job(config, inputs, parts, optimizer, config.steps or config.epochs * per_epoch,
+               wants_bf16(config.precision, inputs.device))
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """`auto`: where the hardware multiplies bfloat16, since elsewhere it is slower than float32."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                     or torch.cpu._is_amx_tile_supported())
+
+
+# ---- a run ----------------------------------------------------------------------------------
+
+class Stop:
+    """Remembers the first SIGINT or SIGTERM, so that the step in progress can end and be saved."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __call__(self, number: int, frame) -> None:
+        if self.signal:                                           # asked twice: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+    @contextmanager
+    def listening(self):
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self) for number in numbers]
+        try:
+            yield self
+        finally:
+            for number, handler in zip(numbers, before):
+                signal.signal(number, handler)
+
+
+def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
+    """Train to the end or to a signal; the best model so far is always on disk in `folder`."""
+    config, steps = job.config, job.steps
+    batches = data.ahead(make_batches(job.parts["method"], job.inputs.tokenizer, config,
+                                      steps=steps, first=state.step + 1))
+    log = runs.Log(folder, config.batch_size)
+    loop = train(job.parts, job.optimizer, batches, config, steps=steps, first=state.step + 1,
+                 device=job.inputs.device, bf16=job.bf16)
+    for step, loss, out in tqdm(loop, total=steps, initial=state.step, disable=None, unit="step"):
+        state = replace(state, step=step)
+        log.add(loss)
+        due, scores = step % config.dev_every == 0 or step == steps, {}
+        if due:
+            with log.paused():
+                state, scores = keep_best(job, folder, state)
+        if due or step % LOG_EVERY == 0:
+            rate = job.optimizer.param_groups[0]["lr"]
+            log.line(step, figures(out) | job.parts["method"].logs() | scores
+                     | {"learning_rate": rate})
+        if due or stop.signal:
+            with log.paused():
+                runs.save_state(folder, state, job.parts, job.optimizer)
+        if stop.signal:
+            break
+    return state
+
+
+def keep_best(job: Job, folder: Path, state: runs.State) -> tuple[runs.State, dict]:
+    """Score on dev; a better model replaces the one on disk. Without dev, the last step does."""
+    if job.inputs.dev is None:
+        save(job.model, folder)
+        return replace(state, best_step=state.step), {}
+    result = job.inputs.dev.score(job.encode)
+    score, figures = result.scores["avg"], {"dev": result.scores, "dev_geometry": result.geometry}
+    if state.best_step and not score > state.best:
+        return state, figures
+    save(job.model, folder)
+    return replace(state, best=score, best_step=state.step), figures
+
+
+def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
+    """One seed from start to finish. Returns its results; what it leaves is described in runs.py."""
+    with exits(2):
+        done = runs.claim(folder, config, resume=options["resume"], overwrite=options["overwrite"])
+    if done:
+        return done
+    with exits(3):
+        job = build(inputs, config)
+        state = runs.load_state(folder, job.parts, job.optimizer)
+    if state is None:
+        runs.describe(folder, config, command(), inputs.doctor)
+        state = runs.State(before=asdict(score_start(job)))
+    with Stop().listening() as stop:
+        if state.step < job.steps:
+            state = fit(job, folder, state, stop)
+    if stop.signal:
+        print(f"mincse.py: stopped at step {state.step} of {job.steps}, state saved in {folder}; "
+              f"go on with:\n  {command()} --resume", file=sys.stderr)
+        raise SystemExit(128 + stop.signal)
+    return finish(job, folder, state, keep_state=options["keep_state"])
+
+
+def score_start(job: Job) -> Result:
+    """The encoder as it was given: same pooling, no head, since that knows nothing yet."""
+    head, job.model.head = job.model.head, None
+    result = job.inputs.test.score(job.encode)
+    job.model.head = head
+    return result
+
+
+def finish(job: Job, folder: Path, state: runs.State, *, keep_state: bool) -> dict:
+    """Score the best model as it lies on disk, and write the results."""
+    try:
+        best = load(folder).to(job.inputs.device)
+        after = job.inputs.test.score(partial(encode, best, job.inputs.tokenizer))
+    except Exception as error:
+        print(f"mincse.py: trained and saved in {folder}, but the final evaluation failed: {error}"
+              f"; try: python eval_sts.py {folder} --test {job.config.test}", file=sys.stderr)
+        raise SystemExit(4) from None
+    return runs.conclude(folder, job.config, state, after, keep_state=keep_state)
+
+
+def command() -> str:
+    """This command line, without --resume, to be typed again."""
+    return shlex.join(["python", *(arg for arg in sys.argv if arg != "--resume")])
+
+
+def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> str:
+    """One sub-folder per seed, then the spread over them."""
+    results = {}
+    for seed in seeds:
+        config = replace(inputs.config, seed=seed)
+        results[seed] = run(inputs, config, folder / f"seed-{seed}", options)
+        print(f"seed {seed}: average {results[seed]['test']['avg']:.2f}", file=sys.stderr)
+    return runs.summarise(folder, inputs.config, results)
+
+
+# ---- before it gets serious -----------------------------------------------------------------
+
+def dry_run(inputs: Inputs) -> str:
+    """Three steps, one dev score, a save and a reload: what can break has broken by then."""
+    job = build(inputs, inputs.config)
+    batches = make_batches(job.parts["method"], inputs.tokenizer, inputs.config, steps=3, first=1)
+    loop = train(job.parts, job.optimizer, batches, inputs.config, steps=job.steps, first=1,
+                 device=inputs.device, bf16=job.bf16)
+    stamps = [time.perf_counter()]
+    for _, loss, _ in loop:
+        loss.item()                                               # waits until the step is done
+        stamps.append(time.perf_counter())
+    started = time.perf_counter()
+    (inputs.dev or inputs.test).score(job.encode)
+    scoring = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        save(job.model, Path(folder))
+        again = load(Path(folder)).to(inputs.device)
+        texts = inputs.corpus.columns[0][:8]
+        same = torch.equal(job.encode(texts), encode(again, inputs.tokenizer, texts))
+    return plan(job, seconds=stamps[-1] - stamps[-2], scoring=scoring, reloaded=same)
+
+
+def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
+    """What the run would do, from what three steps took."""
+    config = job.config
+    scored = -(-job.steps // config.dev_every) if job.inputs.dev else 0
+    memory = (torch.cuda.max_memory_allocated() if job.inputs.device.type == "cuda"
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    tokens = job.steps * config.batch_size * min(job.inputs.doctor["mean tokens"],
+                                                 config.max_tokens)
+    return "\n".join([
+        f"steps: {job.steps} of {config.batch_size} rows, at {seconds:.3f} s",
+        f"tokens: about {tokens / 1e6:.1f} million per column",
+        f"dev scores: {scored}, at {scoring:.1f} s",
+        f"expected time: {(job.steps * seconds + (scored + 2) * scoring) / 60:.1f} minutes",
+        f"peak memory: {memory / 2**30:.2f} GiB",
+        f"saved and reloaded with equal vectors: {'yes' if reloaded else 'NO'}"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    given = vars(settings.parser().parse_args(argv))
+    options = {name: given.pop(name, False) for name in settings.OPTIONS}
+    if options["list"]:
+        return print(settings.listing())
+    if given.get("threads"):
+        torch.set_num_threads(given["threads"])
+    seeds = given.pop("seeds", None)
+    inputs = read_inputs(given)
+    print("\n".join(data.doctor_lines(inputs.doctor)), file=sys.stderr)
+    if options["dry_run"]:
+        return print(dry_run(inputs))
+    folder = Path(inputs.config.out) if inputs.config.out else runs.default_folder(inputs.config)
+    if seeds:
+        return print(run_seeds(inputs, seeds, folder, options))
+    run(inputs, inputs.config, folder, options)
+    print((folder / "results.md").read_text())
+
+
+def program() -> int:
+    """main with an exit code for what can happen at any moment."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("mincse.py: interrupted outside the training loop; go on with:\n"
+              f"  {command()} --resume", file=sys.stderr)
+        return 130
+    except (OSError, FloatingPointError) as error:
+        print(f"mincse.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program())

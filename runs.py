@@ -1,0 +1,305 @@
+"""
+What does a run leave? A folder that explains itself, and from which a stopped run goes on.
+
+    args.json       every setting; the command     env.json      machine, versions, corpus
+    metrics.jsonl   one object a line              results.json  scores before and after
+    results.md      the same as tables             README.md     model card
+    state.pt        for --resume, removed at the end
+    config.json, model.safetensors, ...            the best model, written by model.save
+
+A file is written beside its place and then renamed, so none is ever half there.
+"""
+
+import json
+import math
+import os
+import platform
+import shutil
+import statistics
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from config import Config
+from eval_sts import Result, plain, table
+
+OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "args.json")
+HARMLESS = ("out", "device", "threads", "data")   # may differ when a run goes on elsewhere
+
+# Lowest, highest and mean average of seven STS tasks over 50 seeds each of unsupervised SimCSE on
+# wiki1m, from the results of hppRC/simple-simcse.
+REFERENCE = {
+    "bert-base-uncased": (73.16, 76.70, 75.11), "bert-large-uncased": (70.31, 77.28, 74.95),
+    "roberta-base": (74.17, 75.14, 74.60), "roberta-large": (75.64, 77.69, 76.71),
+}
+
+
+# ---- files ----------------------------------------------------------------------------------
+
+@contextmanager
+def replacing(path: Path):
+    """A path to write to; its file takes the place of `path` when it is whole and on the disk."""
+    fresh = path.with_name(path.name + ".tmp")
+    yield fresh
+    with fresh.open("rb+") as file:
+        os.fsync(file.fileno())
+    fresh.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def default_folder(config: Config) -> Path:
+    """runs/METHOD-ENCODER-CORPUS, with the loss and the positives where they are not the usual."""
+    extra = [config.loss] * (config.loss != "info-nce")
+    extra += [config.positives] * (config.positives != "dropout")
+    corpus = Path(config.corpus).name.split(".")[0]
+    return Path("runs") / "-".join([config.method, *extra, Path(config.encoder).name, corpus])
+
+
+def claim(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> dict | None:
+    """Make the folder ours. Returns the results if this very run is finished already.
+
+    Refuses a folder that holds another run or something else altogether.
+    """
+    held = folder.is_dir() and any(folder.iterdir())
+    if held and not (folder / "args.json").is_file():
+        raise ValueError(f"{folder} exists and holds no run of this program: choose another --out")
+    if held and not (resume or overwrite):
+        state = "a finished run" if (folder / "results.json").is_file() else "an unfinished run"
+        raise ValueError(f"{folder} holds {state}: --resume goes on with it, --overwrite replaces "
+                         "it, --out FOLDER leaves it alone")
+    if held and resume:
+        check_same(folder, config)
+        if (folder / "results.json").is_file():
+            return json.loads((folder / "results.json").read_text())
+    for name in OWN_FILES if overwrite else ():
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def check_same(folder: Path, config: Config) -> None:
+    """A run goes on only with the settings that it was started with."""
+    before = json.loads((folder / "args.json").read_text())
+    for name, now in asdict(config).items():
+        if name not in HARMLESS and before["config"].get(name) != now:
+            raise ValueError(f"{folder} was started with --{name.replace('_', '-')} "
+                             f"{before['config'].get(name)}, found {now}: go on with\n"
+                             f"  {before['command']} --resume")
+
+
+def describe(folder: Path, config: Config, command: str, doctor: dict) -> None:
+    """args.json and env.json: what is run, and on what."""
+    write_json(folder / "args.json", {"command": command, "config": asdict(config)})
+    write_json(folder / "env.json", {"corpus": doctor, **environment()})
+
+
+def environment() -> dict:
+    """Machine and versions: what a figure needs beside it."""
+    packages = ("torch", "numpy", "scipy", "tokenizers", "safetensors")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"python": platform.python_version(), "platform": platform.platform(),
+            "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "gpu": gpu, **{name: version(name) for name in packages}}
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ---- while it runs --------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is, beside its tensors."""
+    step: int = 0
+    best: float = -math.inf                                       # dev score of the model on disk
+    best_step: int = 0                                            # 0: none on disk yet
+    before: dict = field(default_factory=dict)                    # test result of the start
+
+
+def save_state(folder: Path, state: State, parts: nn.ModuleDict,
+               optimizer: torch.optim.Optimizer) -> None:
+    """All that a run needs to go on exactly: random draws are functions of seed and step."""
+    with replacing(folder / "state.pt") as fresh:
+        torch.save({"state": asdict(state), "parts": parts.state_dict(),
+                    "optimizer": optimizer.state_dict()}, fresh)
+
+
+def load_state(folder: Path, parts: nn.ModuleDict,
+               optimizer: torch.optim.Optimizer) -> State | None:
+    """Fill parts and optimizer from state.pt; None where there is none. Never unpickles code."""
+    path = folder / "state.pt"
+    if not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        parts.load_state_dict(saved["parts"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = State(**saved["state"])
+    except Exception as error:
+        raise ValueError(f"{path}: expected the state of this run, found something else "
+                         f"({str(error)[:80]!r}): start again with --overwrite") from None
+    drop_lines_after(folder / "metrics.jsonl", state.step)
+    return state
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """A killed run may have logged steps that its state does not know of: they come again."""
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines(keepends=True)
+                 if line.endswith("}\n") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(lines))
+
+
+class Log:
+    """metrics.jsonl: loss and speed are means since the line before, scoring time left out."""
+
+    def __init__(self, folder: Path, batch_size: int):
+        self.path, self.batch_size = folder / "metrics.jsonl", batch_size
+        self.restart()
+
+    def restart(self) -> None:
+        self.total, self.count, self.since = 0, 0, time.perf_counter()
+
+    def add(self, loss: Tensor) -> None:
+        self.total, self.count = self.total + loss, self.count + 1   # no .item(): no waiting
+
+    @contextmanager
+    def paused(self):
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
+
+    def line(self, step: int, figures: dict) -> dict:
+        loss = float(self.total / self.count)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower "
+                                     "--learning-rate; the best model so far is kept")
+        speed = self.count * self.batch_size / (time.perf_counter() - self.since)
+        row = {"step": step, "loss": loss, **figures, "sentences_per_second": speed}
+        with self.path.open("a") as file:
+            file.write(json.dumps(plain(row)) + "\n")
+        self.restart()
+        return row
+
+
+# ---- at the end -----------------------------------------------------------------------------
+
+def conclude(folder: Path, config: Config, state: State, after: Result, *,
+             keep_state: bool) -> dict:
+    """Write results.json, results.md and the model card; returns the results."""
+    before = state.before
+    results = {"before": before["scores"], "test": after.scores, "before_mean": before["mean"],
+               "mean": after.mean, "geometry_before": before["geometry"],
+               "geometry": after.geometry, "pairs": after.pairs, "subsets": after.subsets,
+               "dev": {} if config.dev == "none" else {"avg": state.best},
+               "best_step": state.best_step, "steps": state.step}
+    text = as_markdown(config, results)
+    write_text(folder / "results.md", text)
+    write_text(folder / "README.md", model_card(folder, config, text))
+    write_json(folder / "results.json", results)                  # last: it says "finished"
+    if not keep_state:
+        (folder / "state.pt").unlink(missing_ok=True)
+    return results
+
+
+def as_markdown(config: Config, results: dict) -> str:
+    """Before and after, under the conventions that the test has."""
+    rows = {"before": results["before"], "after": results["test"]}
+    if results["mean"]:
+        rows = {f"{name}, all": row for name, row in rows.items()}
+        rows |= {"before, mean": results["before_mean"], "after, mean": results["mean"]}
+    chosen = (f"step {results['best_step']} of {results['steps']}, the best on {config.dev} dev"
+              if config.dev != "none" else f"step {results['steps']}, the last")
+    shapes = [f"{name}: alignment {before['alignment']:.3f} to {after['alignment']:.3f}, uniformity "
+              f"{before['uniformity']:.3f} to {after['uniformity']:.3f}"
+              for (name, before), after in zip(results["geometry_before"].items(),
+                                               results["geometry"].values())]
+    return "\n\n".join([f"{config.method}, {config.loss}, from {config.encoder} on {config.corpus}, "
+                        f"seed {config.seed}: test {config.test}, {config.pooling} pooling, {chosen}",
+                        table(rows), *shapes]) + "\n"
+
+
+def model_card(folder: Path, config: Config, text: str) -> str:
+    """README.md of the folder, with the lines that load it elsewhere."""
+    return f"""# {folder.name}
+
+A sentence encoder trained with mincse.
+
+{text}
+Load it with any of:
+
+```python
+from sentence_transformers import SentenceTransformer
+vectors = SentenceTransformer("{folder}").encode(["A man plays a guitar."])
+```
+```python
+import data, model                              # mincse
+encoder, tokenizer = model.load("{folder}"), data.Tokenizer.read("{folder}")
+vectors = model.encode(encoder, tokenizer, ["A man plays a guitar."])
+```
+
+In `transformers.AutoModel` take {in_transformers(config)}.
+"""
+
+
+def in_transformers(config: Config) -> str:
+    """Where the sentence vector is, for those who use the plain encoder."""
+    if config.head == "keep":
+        return "`pooler_output`"
+    return ("the vector of the first token of the last layer" if config.pooling == "cls" else
+            "the mean of the last layer over the real tokens")
+
+
+def summarise(folder: Path, config: Config, results: dict[int, dict]) -> str:
+    """Mean and spread over seeds, as results.json and results.md of the parent folder."""
+    tests = [result["test"] for result in results.values()]
+    columns = {task: [test[task] for test in tests] for task in tests[0]}
+    spread = {"mean": statistics.mean, "standard deviation": deviation, "lowest": min,
+              "highest": max}
+    rows = {name: {task: f(scores) for task, scores in columns.items()}
+            for name, f in spread.items()}
+    before = next(iter(results.values()))["before"]
+    text = "\n\n".join([f"{config.method}, {config.loss}, from {config.encoder} on {config.corpus}, "
+                        f"test {config.test}, {len(results)} seeds",
+                        table({"before": before} | rows), *verdict(config, rows["mean"])]) + "\n"
+    write_text(folder / "results.md", text)
+    write_json(folder / "results.json", {"seeds": {str(k): v["test"] for k, v in results.items()},
+                                         "test": rows["mean"], "before": before, "spread": rows})
+    return text
+
+
+def deviation(scores: list[float]) -> float:
+    """Sample standard deviation; of a single run it is not known."""
+    return statistics.stdev(scores) if len(scores) > 1 else math.nan
+
+
+def verdict(config: Config, mean: dict[str, float]) -> list[str]:
+    """Is the mean inside what 50 public seeds of the same experiment gave? Nothing elsewhere."""
+    usual = (config.method, config.loss, config.positives, config.corpus, config.test)
+    known = REFERENCE.get(config.encoder)
+    if usual != ("simcse", "info-nce", "dropout", "wiki1m", "sts") or known is None:
+        return []
+    low, high, middle = known
+    place = "inside" if low <= mean["avg"] <= high else "outside"
+    return [f"The mean average {mean['avg']:.2f} lies {place} the range of 50 public runs of "
+            f"simple-simcse, {low:.2f} to {high:.2f} (mean {middle:.2f})."]

@@ -1,0 +1,304 @@
+"""The losses against worked examples, loops and laws. Most numbers fit on a sheet of paper."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import LOSSES, alignment, cosine, focal_info_nce, info_nce, pick_own, uniformity
+
+# Three anchors, their positives and their hard negatives, in the plane.
+A = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.float64)
+P = torch.tensor([[1, .2], [.1, 1], [1, .8]], dtype=torch.float64)
+H = torch.tensor([[.9, -.1], [.2, .7], [-1, 1]], dtype=torch.float64)
+
+
+def close(value, expected, tolerance=1e-6):
+    return torch.allclose(torch.as_tensor(value, dtype=torch.float64),
+                          torch.as_tensor(expected, dtype=torch.float64), atol=tolerance, rtol=0)
+
+
+def own_weighted(alpha):
+    """Weights (3, 6) over [positives, hard negatives]: α on the own hard negative."""
+    weight = torch.ones(3, 6, dtype=torch.float64)
+    for i in range(3):
+        weight[i, 3 + i] = alpha
+    return weight
+
+
+def random_pair(B=7, C=11, D=5):
+    torch.manual_seed(0)
+    return torch.randn(B, D).double(), torch.randn(C, D).double()
+
+
+# ---- InfoNCE --------------------------------------------------------------------------------
+
+def test_cosine_compares_every_row_with_every_row():
+    assert close(cosine(A, P), [[.98058068, .09950372, .78086881],
+                                [.19611614, .99503719, .62469505],
+                                [.83205029, .77395730, .99388373]])
+
+
+def test_info_nce_is_the_mean_surprise_at_finding_the_own_positive():
+    anchor, candidates = random_pair(3, 5, 7)
+    surprise = []
+    for i in range(3):
+        likeness = [math.exp(F.cosine_similarity(anchor[i], c, dim=0) / 0.05) for c in candidates]
+        surprise.append(-math.log(likeness[i] / sum(likeness)))
+    assert info_nce(anchor, candidates).item() == pytest.approx(sum(surprise) / 3)
+
+
+@pytest.mark.parametrize("temperature, expected", [(.05, .02305473), (1, .84672834)])
+def test_the_worked_example_of_unsupervised_simcse(temperature, expected):
+    assert close(info_nce(A, P, temperature=temperature), expected)
+
+
+def test_the_first_view_asks_and_the_second_answers_so_order_matters():
+    assert close(info_nce(P, A), .02552545)
+
+
+def test_identical_orthogonal_views_leave_only_the_temperature():
+    eye = torch.eye(64, dtype=torch.float64)
+    assert close(info_nce(eye, eye), math.log1p(63 * math.exp(-20)), 1e-12)
+    assert close(info_nce(eye, eye), 1.29853e-7, 1e-12)
+
+
+def test_where_all_sentences_look_alike_the_loss_is_that_of_a_blind_guess():
+    ones = torch.ones(64, 5)
+    assert info_nce(ones, ones).item() == pytest.approx(math.log(64))
+    assert info_nce(ones, torch.cat([ones, ones])).item() == pytest.approx(math.log(128))
+
+
+def test_a_single_sentence_has_nobody_to_be_told_from_so_nothing_to_learn():
+    anchor = torch.randn(1, 5, requires_grad=True)
+    for loss in LOSSES.values():
+        value = loss(anchor, torch.randn(1, 5))
+        gradient, = torch.autograd.grad(value, anchor)
+        assert value.item() == 0 and gradient.abs().max() == 0
+
+
+def test_the_gradient_of_a_similarity_is_its_probability_minus_the_answer():
+    s = cosine(A, P).requires_grad_()
+    gradient, = torch.autograd.grad(pick_own(s / .05), s)
+    assert close(gradient, ((s / .05).softmax(dim=1) - torch.eye(3)) / (3 * .05))
+    assert close(gradient[0], [-.12058866, 1.5e-7, .12058851])
+    assert close(gradient.sum(dim=1), [0, 0, 0])
+
+
+# ---- Hard negatives and weights -------------------------------------------------------------
+
+def test_hard_negatives_are_more_candidates_and_they_count():
+    with_hard = info_nce(A, torch.cat([P, H]))
+    assert close(with_hard, .46420945)
+    assert with_hard > info_nce(A, P)
+
+
+@pytest.mark.parametrize("alpha, expected", [(1, .46420945), (2, .70974585), (.5, .29270133)])
+def test_alpha_multiplies_the_own_hard_negative_only(alpha, expected):
+    assert close(info_nce(A, torch.cat([P, H]), weight=own_weighted(alpha)), expected)
+
+
+def test_alpha_is_not_a_logit():
+    """Their code takes ln α on the command line; α = 2 given there would be this number."""
+    assert close(info_nce(A, torch.cat([P, H]), weight=own_weighted(math.exp(2))), 1.35524770)
+
+
+def test_weight_zero_takes_a_candidate_out_of_the_choice():
+    anchor, candidates = random_pair(5, 11)
+    weight = torch.ones(5, 11).double()
+    weight[:, 7] = 0
+    without = torch.cat([candidates[:7], candidates[8:]])
+    for loss in LOSSES.values():
+        assert close(loss(anchor, candidates, weight=weight), loss(anchor, without), 1e-12)
+
+
+def test_weight_two_is_the_same_candidate_twice():
+    anchor, candidates = random_pair(5, 11)
+    weight = torch.ones(5, 11).double()
+    weight[:, 7] = 2
+    for loss in LOSSES.values():
+        twice = loss(anchor, torch.cat([candidates, candidates[7:8]]))
+        assert close(loss(anchor, candidates, weight=weight), twice, 1e-12)
+
+
+# ---- Focal-InfoNCE --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("temperature, hardness, expected",
+                         [(.05, .3, .15269911), (.05, 0, .00133764), (1, .3, .86291774)])
+def test_the_worked_example_of_focal_info_nce(temperature, hardness, expected):
+    assert close(focal_info_nce(A, P, temperature=temperature, hardness=hardness), expected)
+
+
+def test_focal_is_cross_entropy_of_the_self_scaled_cosines():
+    logits = torch.tensor([[19.23076923, .79504212, 16.88033481],
+                           [1.94592758, 19.80198020, 11.55304833],
+                           [18.83845561, 16.62394182, 19.75609756]], dtype=torch.float64)
+    assert close(focal_info_nce(A, P), F.cross_entropy(logits, torch.arange(3)), 1e-7)
+
+
+def test_hardness_zero_is_info_nce_on_squares_and_not_info_nce():
+    assert close(focal_info_nce(A, P, hardness=0), pick_own(cosine(A, P).square() / .05), 1e-12)
+    assert not close(focal_info_nce(A, P, hardness=0), info_nce(A, P))
+
+
+@pytest.mark.parametrize("hardness", [0, .3, .9])
+def test_on_orthogonal_views_focal_and_plain_agree(hardness):
+    eye = torch.eye(64, dtype=torch.float64)
+    assert close(focal_info_nce(eye, eye, hardness=hardness), 1.29853e-7, 1e-12)
+
+
+def alike(n, s):
+    """n unit anchors and candidates whose cosines are all s."""
+    anchor = torch.zeros(n, 2, dtype=torch.float64)
+    anchor[:, 0] = 1
+    return anchor, torch.tensor([[s, math.sqrt(1 - s * s)]], dtype=torch.float64).expand(n, 2)
+
+
+@pytest.mark.parametrize("s, expected", [(.2, 5.34790419), (.5, 7.14392469), (0, math.log(64))])
+def test_where_all_cosines_are_equal_focal_has_a_closed_form(s, expected):
+    assert close(focal_info_nce(*alike(64, s)), math.log1p(63 * math.exp(.3 * s / .05)), 1e-9)
+    assert close(focal_info_nce(*alike(64, s)), expected)
+
+
+def test_an_exact_duplicate_in_the_batch_costs_focal_far_more_than_info_nce():
+    assert close(focal_info_nce(*alike(2, 1)), 6.00247569)
+    assert close(info_nce(*alike(2, 1)), math.log(2))
+
+
+def focal_of(s):
+    """The focal loss of given cosines: rows of unit anchors along the axes reproduce them."""
+    assert s.shape[0] == s.shape[1]
+    own = torch.eye(len(s), dtype=torch.bool)
+    return pick_own(torch.where(own, s * s, s * (s + .3)) / .05)
+
+
+def test_focal_lets_gradient_flow_through_both_factors():
+    torch.manual_seed(0)
+    anchor = torch.randn(5, 7).double().abs().requires_grad_()
+    s = cosine(anchor, torch.randn(5, 7).double().abs()).detach().requires_grad_()
+    gradient, = torch.autograd.grad(focal_of(s), s)
+    own = torch.eye(5, dtype=torch.bool)
+    likely = (torch.where(own, s * s, s * (s + .3)) / .05).softmax(dim=1)
+    expected = torch.where(own, (likely - 1) * 2 * s, likely * (2 * s + .3)) / .05 / 5
+    assert torch.allclose(gradient, expected, rtol=1e-6)
+    assert (gradient.diagonal() <= 0).all() and (gradient[~own] >= 0).all()
+
+
+def test_the_worked_gradient_of_focal_through_the_loss_itself():
+    expected = torch.tensor([[-1.13788, 3e-8, 1.08020], [8e-8, -.00347, .00270],
+                             [3.62455, .37241, -4.06882]], dtype=torch.float64)
+    anchor = A.clone().requires_grad_()
+    found, = torch.autograd.grad(focal_info_nce(anchor, P), anchor)
+    through_cosines = A.clone().requires_grad_()
+    chain, = torch.autograd.grad((cosine(through_cosines, P) * expected).sum(), through_cosines)
+    assert close(found, chain, 1e-4)
+
+
+def test_more_hardness_costs_more_where_negatives_are_close_and_less_where_they_are_opposite():
+    close_by = torch.tensor([[1, 0], [.9, .5]]).double()
+    opposite = torch.tensor([[1, 0], [-.9, .5]]).double()
+    losses = [[focal_info_nce(x, x, hardness=m).item() for m in (0, .3, .6)]
+              for x in (close_by, opposite)]
+    assert losses[0] == sorted(losses[0]) and len(set(losses[0])) == 3
+    assert losses[1] == sorted(losses[1], reverse=True) and len(set(losses[1])) == 3
+
+
+def test_a_negative_counts_more_than_in_info_nce_from_one_minus_hardness_on():
+    for s, sign in [(.5, -1), (.7, 0), (.9, 1)]:
+        assert math.copysign(1, s * (s + .3) - s) == sign or s * (s + .3) == pytest.approx(s)
+    anchor = torch.tensor([[1, 0], [0, 1]]).double()
+    candidates = torch.tensor([[1, 0], [.7, math.sqrt(.51)]]).double()
+    plain = math.log1p(math.exp((.7 - 1) / .05))
+    row = -math.log(math.exp(20) / (math.exp(20) + math.exp(14)))   # 14 at s = .7, as plain has
+    assert row == pytest.approx(plain)
+    assert focal_info_nce(anchor[:1], candidates).item() == pytest.approx(plain)
+
+
+def test_below_zero_focal_pushes_a_positive_away():
+    s = torch.tensor([[-.2, .1], [.1, .9]], dtype=torch.float64, requires_grad=True)
+    loss = focal_of(s)
+    gradient, = torch.autograd.grad(loss, s)
+    assert close(loss, .34657369) and close(gradient, [[2, 2.5], [1e-6, -3.7e-6]], 1e-5)
+
+
+def test_focal_drives_a_negative_to_minus_half_the_hardness_not_to_minus_one():
+    s = torch.tensor([[.9, -.4], [-.1, .9]], dtype=torch.float64, requires_grad=True)
+    gradient, = torch.autograd.grad(focal_of(s), s)
+    assert close(gradient[0, 1], -1.03e-6, 1e-8) and close(gradient[1, 0], 6.2e-8, 1e-9)
+
+
+# ---- Laws of every loss ---------------------------------------------------------------------
+
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@every_loss
+def test_every_loss_prefers_the_true_pairing(loss):
+    x = torch.eye(5) + .1
+    assert loss(x, x) < loss(x, x.roll(1, dims=0))                # than its neighbour's positive
+    assert loss(x, x) < loss(x, torch.cat([x, x]))                # than with itself as a negative
+
+
+@every_loss
+def test_no_loss_depends_on_length_or_rotation(loss):
+    anchor, candidates = random_pair()
+    scale = torch.rand(7, 1).double() + .5
+    turn = torch.linalg.qr(torch.randn(5, 5).double()).Q
+    assert close(loss(anchor * scale, candidates * 3), loss(anchor, candidates), 1e-12)
+    assert close(loss(anchor @ turn, candidates @ turn), loss(anchor, candidates), 1e-12)
+
+
+@every_loss
+def test_the_gradient_turns_an_embedding_and_never_stretches_it(loss):
+    anchor, candidates = random_pair()
+    anchor.requires_grad_()
+    gradient, = torch.autograd.grad(loss(anchor, candidates), anchor)
+    assert (gradient * anchor).sum(dim=1).abs().max() < 1e-12
+
+
+@every_loss
+def test_the_order_of_the_batch_does_not_matter_but_the_pairing_does(loss):
+    anchor, candidates = random_pair(7, 7)
+    order = torch.randperm(7)
+    assert close(loss(anchor[order], candidates[order]), loss(anchor, candidates), 1e-12)
+    assert not close(loss(anchor, candidates.roll(1, dims=0)), loss(anchor, candidates), 1e-3)
+
+
+@every_loss
+def test_a_zero_vector_has_cosine_zero_and_no_loss_becomes_nan(loss):
+    anchor, candidates = random_pair()
+    anchor[0] = 0
+    assert loss(anchor, candidates).isfinite()
+
+
+# ---- Alignment and uniformity ---------------------------------------------------------------
+
+def test_alignment_is_the_mean_squared_distance_on_the_sphere():
+    left, right = torch.tensor([[1., 0], [0, 1]]), torch.tensor([[.6, .8], [0, 1]])
+    assert alignment(left, right).item() == pytest.approx(.4)
+    assert close(alignment(A, P), .02033227)
+
+
+def test_uniformity_averages_over_distinct_pairs():
+    x = torch.tensor([[1., 0], [0, 1], [-1, 0]])
+    assert uniformity(x).item() == pytest.approx(-4.396349, abs=1e-5)
+    assert close(uniformity(torch.cat([A, P])), -.89313790)
+    total = [math.exp(-2 * (u - v).square().sum()) for i, u in enumerate(x) for v in x[i + 1:]]
+    assert uniformity(x).item() == pytest.approx(math.log(sum(total) / 3), abs=1e-5)
+
+
+def test_collapse_has_uniformity_zero_and_random_directions_come_near_minus_four():
+    torch.manual_seed(0)
+    assert uniformity(torch.ones(5, 3)).item() == pytest.approx(0, abs=1e-6)
+    assert uniformity(torch.randn(2000, 768)).item() == pytest.approx(-3.9896, abs=2e-3)
+
+
+def test_both_measures_ignore_length():
+    assert close(alignment(3 * A, P / 7), alignment(A, P), 1e-12)
+    assert close(uniformity(3 * A), uniformity(A), 1e-12)
+
+
+def test_the_chunks_of_uniformity_change_nothing():
+    x = random_pair(53, 53, 7)[0]
+    assert close(uniformity(x, chunk=11), uniformity(x), 1e-12)
