@@ -29,6 +29,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -37,7 +38,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from docs import doc_sentences, doc_twins
+from docs import doc_sentences, doc_twins           # doc_twins: for eval_sts.py
 
 Item = TypeVar("Item")
 
@@ -55,7 +56,7 @@ HEADER = ["sent0", "sent1", "hard_neg"]             # of the Hub's nli_for_simcs
 
 ENCODER_FILES = ["config.json", "tokenizer.json", "model.safetensors"]
 ENCODER_EXTRAS = ["tokenizer_config.json", "modules.json", "sentence_bert_config.json",
-                  "1_Pooling/config.json", "2_Dense/*"]
+                  "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"]
 
 
 # ---- reading a corpus -----------------------------------------------------------------------
@@ -83,7 +84,7 @@ def read_corpus(name: str, data: Path | None = None) -> Corpus:
                                 f"found {'a folder' if path.is_dir() else 'nothing'} there")
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     if kind not in ("txt", "csv", "tsv"):
-        raise ValueError(f"{path}: expected a name that ends in .txt, .csv or .tsv (or .gz after it)")
+        raise ValueError(f"{path}: expected a name in .txt, .csv or .tsv (.gz may follow)")
     columns, documents, blank = read_sentences(path) if kind == "txt" else read_rows(path, kind)
     if len(columns[0]) < 2:
         raise ValueError(f"{path}: expected two rows or more, as other rows are the negatives, "
@@ -99,13 +100,13 @@ def docs_corpus() -> Corpus:
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, gzipped or not. Only \\n ends one: texts hold U+2028 and its like."""
+    """The lines of a UTF-8 file, gzipped or not. Only \\n ends one: texts hold U+2028 and such."""
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(io.BufferedReader(file), start=1):
                 if b"\0" in line:
-                    raise ValueError(f"{path}:{number}: expected text, found a NUL character")
+                    raise ValueError(f"{path}:{number}: expected UTF-8 text, found a NUL character")
                 text = line.decode("utf-8")
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
@@ -137,6 +138,9 @@ def read_rows(path: Path, kind: str) -> tuple[list[list[str]], None, int]:
     rows, blank, width = [], 0, None
     for number, row in split_rows(path, kind):
         row = [text.strip() for text in row]
+        if not any(row):
+            blank += 1
+            continue
         width = width or len(row)
         if len(row) != width or width not in (2, 3):
             raise ValueError(f"{path}:{number}: expected {width if rows else '2 or 3'} columns, "
@@ -171,7 +175,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ---- finding files: a local folder, else the Hub ------------------------------------------------
+# ---- finding files: a local folder, else the Hub --------------------------------------------
 
 def local_folder(data: Path | None) -> Path | None:
     """The folder given by --data, else by MINCSE_DATA, else none."""
@@ -193,44 +197,53 @@ def data_file(names: Sequence[str], data: Path | None) -> Path:
             return found[0]
     remote = [name for name in names if name in ON_THE_HUB]
     if not remote:
-        raise FileNotFoundError(f"{names[0]}: not on the Hub, and not in {folder or 'a local folder'}"
-                                f"; pass one that has it with --data FOLDER or MINCSE_DATA=FOLDER")
+        raise FileNotFoundError(f"{names[0]}: not on the Hub, and not in {folder or 'any folder'}; "
+                                f"pass the one that has it with --data or MINCSE_DATA")
     return from_hub(remote[0])
 
 
 def from_hub(name: str) -> Path:
-    """A file of SimCSE's data set on the Hub, through the Hub's own cache."""
-    from huggingface_hub import hf_hub_download     # here, not above: it is slow to import
-    try:
+    """A file of SimCSE's data set on the Hub, kept in the Hub client's own cache."""
+    with hub_errors(f"{name} of {HUB_DATASET}", instead="--data FOLDER or MINCSE_DATA=FOLDER"):
+        from huggingface_hub import hf_hub_download         # here: it is slow to import
         return Path(hf_hub_download(HUB_DATASET, name, repo_type="dataset"))
-    except (OSError, ValueError) as error:
-        raise hub_error(f"{name} of {HUB_DATASET}", error,
-                        "--data FOLDER or MINCSE_DATA=FOLDER") from error
-
-
-def hub_error(what: str, error: Exception, instead: str) -> FileNotFoundError:
-    """One sentence for all that can go wrong between here and the Hub."""
-    from huggingface_hub.constants import ENDPOINT
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    return FileNotFoundError(
-        f"{what} is not on this machine and did not come from {ENDPOINT} ({reason}); see HF_ENDPOINT "
-        f"(which server), HF_HUB_OFFLINE (1: cache only), HF_TOKEN (private and gated files), or "
-        f"pass a local folder with {instead}")
 
 
 def encoder_folder(name: str) -> Path:
     """The folder of an encoder: `mini` beside this file, a folder of one's own, or a Hub id."""
     folder = Path(__file__).parent / "mini" if name == "mini" else Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=ENCODER_FILES + ENCODER_EXTRAS))
-        except (OSError, ValueError) as error:
-            raise hub_error(f"the encoder {name}", error, "--encoder FOLDER") from error
-    if missing := [file for file in ENCODER_FILES if not (folder / file).is_file()]:
-        raise FileNotFoundError(f"{folder}: expected an encoder in Hugging Face's format, "
-                                f"found no {', '.join(missing)}")
-    return folder
+    return folder if folder.is_dir() else encoder_from_hub(name)
+
+
+def encoder_from_hub(name: str) -> Path:
+    """The folder in the Hub client's cache that holds the encoder's files."""
+    with hub_errors(f"the encoder {name}", instead="--encoder FOLDER"):
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+        for file in ENCODER_FILES:
+            path = Path(hf_hub_download(name, file))
+        for file in ENCODER_EXTRAS:
+            try:
+                hf_hub_download(name, file)
+            except LocalEntryNotFoundError:     # no connection: what the cache has is in the folder
+                break
+            except EntryNotFoundError:          # the encoder comes without this file
+                continue
+    return path.parent
+
+
+@contextmanager
+def hub_errors(what: str, *, instead: str) -> Iterator[None]:
+    """One sentence for all that can go wrong between here and the Hub."""
+    try:
+        yield
+    except Exception as error:                  # of three libraries, and other ones next year
+        server = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        reason = " ".join(str(error.__cause__ or error).split())[:160]
+        raise FileNotFoundError(
+            f"{what}: not on this machine, and not to be had from the Hub at {server} ({reason}); "
+            f"look at HF_ENDPOINT (the server), HF_HUB_OFFLINE (1: only its cache) and HF_TOKEN "
+            f"(private files), or pass a local folder with {instead}") from error
 
 
 def senteval_folder(data: Path | None) -> Path:
@@ -245,7 +258,7 @@ def senteval_folder(data: Path | None) -> Path:
     for sick in sorted(unpacked.rglob("SICK")):
         if (sick.parent / "STS").is_dir():
             return sick.parent
-    raise ValueError(f"{archive}: expected the folders STS and SICK in it, found neither")
+    raise ValueError(f"{archive}: expected folders STS and SICK side by side, found none")
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -254,8 +267,8 @@ def unpack(archive: Path, folder: Path) -> None:
         with tarfile.open(archive) as tar, \
                 tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
             for member in tar.getmembers():
-                path = PurePosixPath(member.name)
-                if path.is_absolute() or ".." in path.parts or not (member.isfile() or member.isdir()):
+                path, plain = PurePosixPath(member.name), member.isfile() or member.isdir()
+                if path.is_absolute() or ".." in path.parts or not plain:
                     raise ValueError(f"{archive}: expected plain files inside one folder, "
                                      f"found {member.name!r}; nothing was unpacked")
             tar.extractall(Path(temporary) / "in", filter="data")
@@ -264,7 +277,7 @@ def unpack(archive: Path, folder: Path) -> None:
         raise ValueError(f"{archive}: damaged ({error}); fetch the file again") from None
 
 
-# ---- tokens -----------------------------------------------------------------------------------
+# ---- tokens ---------------------------------------------------------------------------------
 
 class Tokenizer:
     """Texts to token ids, by the rules of a tokenizer.json.
@@ -276,9 +289,10 @@ class Tokenizer:
     def __init__(self, json: str):
         self.json, self.limited = json, {}
         self.whole = self.copy(None)
-        self.pad_id, self.mask_id = self.first_of("[PAD]", "<pad>"), self.first_of("[MASK]", "<mask>")
+        self.pad_id = self.first_of("[PAD]", "<pad>")
+        self.mask_id = self.first_of("[MASK]", "<mask>")
         if self.pad_id is None:
-            raise ValueError("expected a token [PAD] or <pad> in the tokenizer, found neither")
+            raise ValueError("it has no token [PAD] or <pad>")
         added = self.whole.get_added_tokens_decoder()
         self.special_ids = sorted({i for i, token in added.items() if token.special}
                                   | set(self.whole.encode("").ids))
@@ -293,7 +307,7 @@ class Tokenizer:
         try:
             return cls(path.read_text(encoding="utf-8"))
         except Exception as error:      # the library raises bare Exception for what it cannot parse
-            raise ValueError(f"{path}: expected a tokenizer of Hugging Face's, found {error}") from None
+            raise ValueError(f"{path}: expected a tokenizer of Hugging Face's: {error}") from None
 
     def copy(self, max_tokens: int | None) -> tokenizers.Tokenizer:
         """The library's tokenizer with a limit; all-MiniLM's file, for one, comes with another."""
@@ -332,17 +346,17 @@ def mask_tokens(ids: Tensor, *, mask_id: int, special_ids: Sequence[int], vocab_
     """
     chance, fate = torch.rand(2, *ids.shape, generator=generator, device=ids.device)
     chosen = (chance < rate) & ~torch.isin(ids, torch.tensor(special_ids, device=ids.device))
-    any_token = torch.randint_like(ids, vocab_size, generator=generator)
+    any_token = torch.randint(vocab_size, ids.shape, generator=generator, device=ids.device)
     masked = torch.where(fate < 0.8, mask_id, torch.where(fate < 0.9, any_token, ids))
     return torch.where(chosen, masked, ids), ids.masked_fill(~chosen, -100)
 
 
-# ---- the doctor ---------------------------------------------------------------------------------
+# ---- the doctor -----------------------------------------------------------------------------
 
 def doctor(corpus: Corpus, tokenizer: Tokenizer, *, max_tokens: int) -> dict:
     """What a corpus is like. Tokens are counted in up to 10,000 evenly spaced rows."""
-    n = len(corpus)
-    sample = [i * n // min(n, 10_000) for i in range(min(n, 10_000))]
+    n, size = len(corpus), min(len(corpus), 10_000)
+    sample = [i * n // size for i in range(size)]
     counts = [tokenizer.lengths([column[i] for i in sample]) for column in corpus.columns]
     longest = [max(row) for row in zip(*counts)]
     return {
@@ -352,30 +366,30 @@ def doctor(corpus: Corpus, tokenizer: Tokenizer, *, max_tokens: int) -> dict:
         "documents": corpus.documents[-1] + 1 if corpus.documents else None,
         "blank lines": corpus.blank,
         "exact duplicates": n - len(set(zip(*corpus.columns))),
-        "rows sampled": len(sample),
+        "rows sampled": size,
         "max tokens": max_tokens,
-        "share truncated": sum(length > max_tokens for length in longest) / len(sample),
-        "mean tokens": sum(map(sum, counts)) / (len(sample) * len(counts)),
+        "share truncated": sum(length > max_tokens for length in longest) / size,
+        "mean tokens": sum(map(sum, counts)) / (size * len(counts)),
         "sha256": corpus.sha256,
     }
 
 
 def doctor_lines(report: dict) -> list[str]:
     """The doctor's report for the screen."""
-    documents = f", {report['documents']:,} documents" if report["documents"] else ""
-    every = "" if report["rows sampled"] == report["rows"] else \
-        f" (of {report['rows sampled']:,} evenly spaced rows)"
+    documents = f" in {report['documents']:,} documents" if report["documents"] else ""
+    sampled = report["rows sampled"] < report["rows"]
     return [
-        f"corpus {report['corpus']}: {report['rows']:,} rows of {report['columns']} columns{documents}",
-        f"  {report['blank lines']:,} blank lines left out, {report['exact duplicates']:,} exact "
-        f"duplicates kept",
+        f"corpus {report['corpus']}: {report['rows']:,} rows x {report['columns']}{documents}",
+        f"  left out: {report['blank lines']:,} blank lines; "
+        f"kept: {report['exact duplicates']:,} exact duplicates",
         f"  {report['mean tokens']:.1f} tokens a text, {report['share truncated']:.1%} of rows cut "
-        f"at {report['max tokens']}{every}",
+        f"at {report['max tokens']}"
+        + (f" (in {report['rows sampled']:,} evenly spaced rows)" if sampled else ""),
         f"  sha256 {report['sha256']}",
     ]
 
 
-# ---- batches -----------------------------------------------------------------------------------
+# ---- batches --------------------------------------------------------------------------------
 
 def batches(n: int, size: int, *, seed: int, epochs: int) -> Iterator[list[int]]:
     """Row numbers in random order, new in each epoch, from seed and epoch alone.

@@ -62,7 +62,7 @@ def doc_twins() -> list[Twin]:
 NOT_PROSE = re.compile(r"^(?:\s|>>>|\.\. |[-*] |[-=~*^|+]{2}|[\w.]+\(.*\)$)", re.MULTILINE)
 
 # `add(input, other) -> Tensor`, on one line or more: functions written in C begin with these.
-SIGNATURES = re.compile(r"(?:[\w.]+\(.*?\)(?: *->[^\n]*)?\n\s*)+", re.DOTALL)
+SIGNATURES = re.compile(r"\A(?:[\w.]+\((?:.*[,)]|.*->.*)\n(?: +.*\n)*\n*)+")
 
 SENTENCE_END = re.compile(
     r"(?<=[.!?])(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\bvs\.)(?<!\bcf\.)(?<!\b[Ff]ig\.)(?<!\b[Ee]q\.)"
@@ -73,7 +73,7 @@ MARKUP = [(re.compile(pattern), instead) for pattern, instead in [
     (r":[\w:]+:`~?([^`]*)`", r"`\1`"),                # a role, as in :func:`~torch.add`
     (r"`([^`<]+?)\s*<[^`>]*>`_*", r"\1"),             # `words <address>`_
     (r"`+([^`]*)`+_*", r"\1"),                        # `name` and ``code``
-    (r"\*{1,2}(\S(?:[^*\n]*\S)?)\*{1,2}", r"\1"),    # *emphasis*
+    (r"(\*\*?)([^\s*](?:[^*]*[^\s*])?)\1", r"\2"),    # *emphasis* and **more**
     (r"\\(?:text|mathrm|mathbf)\{([^}]*)\}", r"\1"),  # words within formulas
     (r"\s+", " "),
 ]]
@@ -84,7 +84,7 @@ SMALL_WORDS = set("a an and are as at be by for from if in is it not of on or th
 
 def paragraphs(docstring: str) -> list[str]:
     """The paragraphs as a reader of the rendered page sees them; "" for one that is not prose."""
-    text = SIGNATURES.sub("", inspect.cleandoc(docstring) + "\n", count=1)
+    text = SIGNATURES.sub("", inspect.cleandoc(docstring) + "\n")
     return ["" if NOT_PROSE.search(paragraph) else plain(paragraph)
             for paragraph in re.split(r"\n\s*\n", text)]
 
@@ -153,7 +153,7 @@ def first_sentence(function: object) -> str:
     if not callable(function) or inspect.isclass(function) or not function.__doc__:
         return ""
     sentence = SENTENCE_END.split(paragraphs(function.__doc__)[0])[0]
-    return "" if re.search(r"^Alias |[\\{}]", sentence) else sentence
+    return "" if re.search(r"^Alias |[\\{}]|:$", sentence) else sentence
 
 
 # ---- the cache ------------------------------------------------------------------------------

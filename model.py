@@ -32,14 +32,17 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The numbers that make an encoder. Defaults stand for what old folders leave unsaid."""
+    """The numbers that make an encoder; the defaults are BERT's, for config.json leaves some out.
+
+    `SETTINGS`, below, has their names there.
+    """
 
     model_type: str                                               # "bert" or "roberta"
     vocab_size: int
     width: int
     layers: int
     heads: int
-    inner: int                                                    # width between a layer's maps
+    inner: int                                                    # width inside a layer
     positions: int = 512
     types: int = 2                                                # of sentences in one input
     dropout: float = 0.1
@@ -127,7 +130,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT or RoBERTa: [embeddings, layer 1, ..., layer L]."""
+    """BERT or RoBERTa. What comes out is [embeddings, layer 1, ..., layer L]."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -141,13 +144,14 @@ class Encoder(nn.Module):
         self.apply(initialize)
 
     def forward(self, ids: Tensor, mask: Tensor) -> list[Tensor]:  # (B, T), (B, T) -> (B, T, D)s
-        first, last = self.config.first_position, self.config.first_position + ids.shape[1]
-        if last > self.config.positions:
-            raise ValueError(f"expected at most {self.config.usable_positions} tokens a sentence, "
-                             f"found {ids.shape[1]}; lower max_tokens")
-        # Type 0 is the first sentence of an input. There is no second when one is embedded.
-        x = self.words(ids) + self.types.weight[0] + self.positions.weight[first:last]
-        hidden = [self.dropout(self.norm(x))]                     # (B, T, D)
+        T, most = ids.shape[1], self.config.usable_positions
+        if T > most:
+            raise ValueError(f"expected at most {most} tokens a sentence, found {T}; "
+                             "lower max_tokens")
+        positions = self.positions.weight[self.config.first_position :][:T]       # (T, D)
+        # Type 0 marks the first of an input's sentences, which is the only one here.
+        x = self.words(ids) + self.types.weight[0] + positions                    # (B, T, D)
+        hidden = [self.dropout(self.norm(x))]
         for layer in self.layers:
             hidden.append(layer(hidden[-1], mask))
         return hidden
@@ -309,22 +313,25 @@ def translate(tensors: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[
         tensors = {re.sub(pattern, new, name): tensor for name, tensor in tensors.items()}
     return tensors
 
+
 def wrong(path: str | Path, expected: object, found: object) -> ValueError:
+    """Where, what was expected, what was found, and what to do about it."""
     return ValueError(f"{path}: expected {expected}, found {found}; choose another encoder")
 
 
 def read(path: Path) -> dict | list:
-    """The content of a JSON or safetensors file."""
+    """What a JSON or safetensors file holds; all that can be wrong with it is said here."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected an encoder as Hugging Face stores "
                                 "it, with its weights in model.safetensors; choose another folder")
     try:
-        content = (safetensors.torch.load_file(path) if path.suffix == ".safetensors"
-                   else json.loads(path.read_bytes()))
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = json.loads(path.read_bytes())
     except (ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
     if not isinstance(content, list if path.name == "modules.json" else dict):
-        raise wrong(path, "settings by name", content)
+        raise wrong(path, "settings of an encoder", content)
     return content
 
 
@@ -370,13 +377,19 @@ def read_parts(folder: Path, width: int) -> dict:
         parts["max_tokens"] = read(limits).get("max_seq_length")
     if not path.is_file():
         return parts | {"pooling": "mean"}
-    kinds = [module["type"].split(".")[-1] for module in read(path)]
-    places = [folder / module["path"] for module in read(path)]
+    modules = read(path)
+    kinds = [module["type"].split(".")[-1] for module in modules]
     if kinds not in CHAINS:
         raise wrong(path, f"one of {CHAINS}", kinds)
-    parts |= {"pooling": read_pooling(places[1] / "config.json"), "normalize": "Normalize" in kinds}
+    parts["pooling"] = read_pooling(folder / modules[1]["path"] / "config.json")
+    parts["normalize"] = "Normalize" in kinds
     if "Dense" in kinds:
-        parts |= {"head": read_head(places[2], width), "keep_head": True}
+        dense = folder / modules[2]["path"]
+        settings, weights = read(dense / "config.json"), dense / "model.safetensors"
+        if not DENSE_SETTINGS.items() <= settings.items() or settings.get("use_residual"):
+            raise wrong(dense / "config.json", DENSE_SETTINGS, settings)
+        parts |= {"head": Head(width), "keep_head": True}
+        fill(parts["head"], read(weights), DENSE, weights)
     return parts
 
 
@@ -389,15 +402,6 @@ def read_pooling(path: Path) -> str:
         if found in (name, [key]):
             return name
     raise wrong(path, "cls or mean pooling", found)
-
-
-def read_head(folder: Path, width: int) -> Head:
-    settings, path = read(folder / "config.json"), folder / "model.safetensors"
-    if not DENSE_SETTINGS.items() <= settings.items() or settings.get("use_residual"):
-        raise wrong(folder / "config.json", DENSE_SETTINGS, settings)
-    head = Head(width)
-    fill(head, read(path), DENSE, path)
-    return head
 
 
 def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
@@ -443,6 +447,7 @@ def save(model: SentenceEncoder, folder: str | Path) -> None:
 
 
 def write(path: Path, content: bytes | dict | list) -> None:
+    """The opposite of `read`. Afterwards the file is on the disk, not on its way there."""
     if path.suffix == ".safetensors":
         plain = {name: tensor.float().cpu().contiguous() for name, tensor in content.items()}
         content = safetensors.torch.save(plain, metadata={"format": "pt"})
@@ -463,7 +468,7 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
     config, width = json.loads(model.files.get("config.json", "{}")), model.config.width
     config |= {theirs: getattr(model.config, ours) for ours, theirs in SETTINGS.items()}
     config |= {"architectures": [model.config.model_type.capitalize() + "Model"],
-               "torch_dtype": "float32", "dtype": "float32"}      # its older and its newer name
+               "torch_dtype": "float32", "dtype": "float32"}      # old and new readers differ
     head = model.head.state_dict() if model.head is not None and model.keep_head else {}
     chain = ["Transformer", "Pooling", *["Dense"] * bool(head), *["Normalize"] * model.normalize]
     files = model.files | {

@@ -1,8 +1,49 @@
 """Tests import the flat modules beside this folder and never reach the network."""
 
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A BERT of 2 layers x 32 with random weights and the tokenizer of `mini`: trains in moments."""
+    from model import Encoder, EncoderConfig, SentenceEncoder, save
+    folder = tmp_path_factory.mktemp("encoders") / "tiny"
+    shutil.copytree(ROOT / "mini", folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    (folder / "config.json").write_text(json.dumps(settings))
+    torch.manual_seed(0)
+    files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json")}
+    save(SentenceEncoder(Encoder(EncoderConfig.read(folder)), pooling="cls", files=files), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sentences(tmp_path_factory) -> Path:
+    """A corpus of 64 sentences that differ."""
+    path = tmp_path_factory.mktemp("corpus") / "sentences.txt"
+    who = ["the dog", "a cat", "my owl", "an elk", "one bee", "her cow", "no ant", "that fox"]
+    does = ["runs home", "sees us", "eats bread", "reads books", "sings well", "sleeps", "digs",
+            "waits here"]
+    path.write_text("".join(f"{a} {b}.\n" for a in who for b in does))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory) -> Path:
+    """A test of four scored pairs."""
+    path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
+    path.write_text("the dog runs\ta dog runs home\t4.8\nmy owl sees us\tan owl looks at us\t4.2\n"
+                    "one bee digs\ther cow waits\t1.5\nno ant sleeps\ta fox reads books\t0.3\n")
+    return path

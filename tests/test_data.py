@@ -1,0 +1,562 @@
+"""Files of every kind and every kind of damage; the Hub, by its real client; tokens and batches."""
+
+import csv
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+from hypothesis import given, settings, strategies
+from tokenizers import models, pre_tokenizers, processors
+
+import data
+from data import (Corpus, Tokenizer, ahead, batches, data_file, doctor, doctor_lines,
+                  encoder_folder, mask_tokens, read_corpus, senteval_folder, unpack)
+
+ROOT = Path(__file__).parent.parent
+DATA = os.environ.get("MINCSE_DATA")
+real_data = pytest.mark.skipif(not DATA, reason="MINCSE_DATA is not set: no real data here")
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Write bytes or text under a name, gzipped if the name says so; returns the path."""
+    def write(name, content):
+        content = content.encode() if isinstance(content, str) else content
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        return path
+    return write
+
+
+# ---- text: one sentence a line --------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
+def test_a_text_file_is_one_sentence_a_line_gzipped_or_not(file, name):
+    corpus = read_corpus(str(file(name, "One owl.\n  Two owls. \nDrei Käuze.")))
+    assert corpus.columns == [["One owl.", "Two owls.", "Drei Käuze."]]
+    assert (len(corpus), corpus.documents, corpus.blank) == (3, None, 0)
+
+
+def test_the_sha256_is_that_of_the_file_on_the_disk(file):
+    path = file("a.txt.gz", "one\ntwo\n")
+    assert read_corpus(str(path)).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("content", ["\ufeffone\ntwo\n", "one\r\ntwo\r\n", " one\t\n\u00a0two"])
+def test_line_ends_a_byte_order_mark_and_outer_space_are_no_part_of_a_sentence(file, content):
+    assert read_corpus(str(file("a.txt", content))).columns == [["one", "two"]]
+
+
+def test_only_a_newline_ends_a_line(file):
+    lines = ["a\u2028b", "c\u0085d", "e\u000bf\u000cg", "h\ri"]         # str.splitlines makes 10
+    assert read_corpus(str(file("a.txt", "\n".join(lines)))).columns == [lines]
+
+
+def test_a_blank_line_between_sentences_begins_a_new_document(file):
+    corpus = read_corpus(str(file("a.txt", "\n\na\nb\n\n \nc\n\nd\ne\n\n")))
+    assert corpus.columns == [["a", "b", "c", "d", "e"]]
+    assert corpus.documents == [0, 0, 1, 2, 2]
+    assert corpus.blank == 6
+
+
+def test_blank_lines_at_the_ends_separate_nothing(file):
+    corpus = read_corpus(str(file("a.txt", "\n\na\nb\n\n")))
+    assert corpus.documents is None and corpus.blank == 3
+
+
+def test_a_line_of_ten_million_characters_is_a_sentence_like_any_other(file):
+    corpus = read_corpus(str(file("a.txt", "x" * 10_000_000 + "\ny\n")))
+    assert [len(sentence) for sentence in corpus.columns[0]] == [10_000_000, 1]
+
+
+LETTERS = strategies.characters(exclude_characters="\0\n\ufeff", exclude_categories=["Cs"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(strategies.lists(strategies.text(LETTERS).filter(str.strip), min_size=2))
+def test_whatever_the_sentences_they_come_back_stripped_and_in_order(tmp_path_factory, sentences):
+    path = tmp_path_factory.mktemp("any") / "any.txt"
+    path.write_bytes("\n".join(sentences).encode())
+    assert read_corpus(str(path)).columns == [[sentence.strip() for sentence in sentences]]
+
+
+# ---- columns: csv and tsv -------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("header, width", [("sent0,sent1\n", 2), ("sent0,sent1,hard_neg\n", 3),
+                                           ("", 3)])
+def test_a_csv_has_two_or_three_columns_and_perhaps_simcses_header(file, name, header, width):
+    rows = [["a, b", 'c "d"', "e"], ["f", "g\nh", "i"]]
+    body = io.StringIO()
+    csv.writer(body).writerows(row[:width] for row in rows)
+    corpus = read_corpus(str(file(name, header + body.getvalue())))
+    assert corpus.columns == [list(column) for column in zip(*rows)][:width]
+    assert corpus.documents is None
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.tsv.gz"])
+def test_a_tsv_has_tabs_and_its_quotes_are_letters(file, name):
+    corpus = read_corpus(str(file(name, 'a "b\tc, d\r\n"e"\tf\n')))
+    assert corpus.columns == [['a "b', '"e"'], ["c, d", "f"]]
+
+
+def test_any_other_first_line_is_data(file):
+    corpus = read_corpus(str(file("a.csv", "sentence1,sentence2\na,b\nsent0,sent1\n")))
+    assert corpus.columns == [["sentence1", "a", "sent0"], ["sentence2", "b", "sent1"]]
+
+
+def test_a_row_that_lacks_a_text_is_left_out_and_counted(file):
+    corpus = read_corpus(str(file("a.csv", "\na,b\n\nc, \n,\nd,e\n")))
+    assert corpus.columns == [["a", "d"], ["b", "e"]] and corpus.blank == 4
+
+
+# ---- refusals ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.txt", "", r"a.txt: expected two rows or more, .* found 0"),
+    ("a.txt", "\n \n", r"a.txt: expected two rows or more, .* found 0"),
+    ("a.txt", "alone\n", r"a.txt: expected two rows or more, .* found 1"),
+    ("a.csv", "sent0,sent1\n", r"a.csv: expected two rows or more, .* found 0"),
+    ("a.txt", b"fine\ncaf\xe9\n", r"a.txt:2: expected UTF-8, found the byte 0xe9"),
+    ("a.csv", b"a,b\nc,d\ncaf\xe9,e\n", r"a.csv:3: expected UTF-8, found the byte 0xe9"),
+    ("a.txt", "one\ntwo\n".encode("utf-16"), r"a.txt:1: expected UTF-8 text"),
+    ("a.txt", "one\ntwo\nth\0ree\n", r"a.txt:3: expected UTF-8 text, found a NUL"),
+    ("a.csv", "a,b\nc,d\ne\n", r"a.csv:3: expected 2 columns, found 1"),
+    ("a.tsv", "a\tb\tc\n\nd\te\n", r"a.tsv:3: expected 3 columns, found 2"),
+    ("a.csv", "a\nb\n", r"a.csv:1: expected 2 or 3 columns, found 1"),
+    ("a.tsv", "a\tb\tc\td\n", r"a.tsv:1: expected 2 or 3 columns, found 4"),
+    ("a.csv", 'a,b\n"c,d\n', r"a.csv:2: damaged csv \(unexpected end of data\)"),
+    ("a.json", "[]", r"a.json: expected a name in .txt, .csv or .tsv"),
+])
+def test_a_damaged_corpus_is_refused_with_its_place(file, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        read_corpus(str(file(name, content)))
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: b"plain text",
+                                    lambda raw: raw[:40] + b"\0" * 40 + raw[80:]])
+def test_damaged_gzip_is_refused(tmp_path, damage):
+    noise = "\n".join(str(random.Random(0).random()) for _ in range(100))
+    (tmp_path / "a.txt.gz").write_bytes(damage(gzip.compress(noise.encode())))
+    with pytest.raises(ValueError, match=r"a.txt.gz: damaged gzip after line \d+ .*fetch"):
+        read_corpus(str(tmp_path / "a.txt.gz"))
+
+
+def test_a_corpus_that_is_not_there_is_refused_with_the_names_there_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="wiki2m: expected a file or one of docs, wiki1m"):
+        read_corpus("wiki2m")
+    with pytest.raises(FileNotFoundError, match="found a folder there"):
+        read_corpus(str(tmp_path))
+
+
+# ---- the local data folder ------------------------------------------------------------------
+
+def test_the_data_folder_comes_before_the_environment_and_both_before_the_hub(
+        tmp_path, monkeypatch):
+    for folder, word in (("mine", "own"), ("theirs", "other")):
+        (tmp_path / folder / "nli").mkdir(parents=True)
+        (tmp_path / folder / "wiki1m.txt").write_text(f"{word}\n{word}\n")
+        (tmp_path / folder / "nli" / "all.csv").write_text(f"{word},a,b\n{word},c,d\n")
+    monkeypatch.setenv("MINCSE_DATA", str(tmp_path / "theirs"))
+    assert read_corpus("wiki1m", tmp_path / "mine").columns == [["own", "own"]]
+    assert read_corpus("wiki1m").columns == [["other", "other"]]
+    assert read_corpus("nli").columns == [["other", "other"], ["a", "c"], ["b", "d"]]
+    assert read_corpus("nli").name == "nli"
+
+
+def test_a_data_folder_that_does_not_exist_or_lacks_the_file_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="nowhere: --data names this folder"):
+        read_corpus("wiki1m", tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="reviews.txt: not on the Hub, and not in"):
+        read_corpus("reviews", tmp_path)
+    monkeypatch.setenv("MINCSE_DATA", str(tmp_path / "gone"))
+    with pytest.raises(FileNotFoundError, match="gone: MINCSE_DATA names this folder"):
+        read_corpus("wiki1m")
+
+
+def test_two_files_that_could_be_meant_are_not_guessed_between(tmp_path):
+    (tmp_path / "nli").mkdir()
+    for name in ("snli.csv", "mnli.csv"):
+        (tmp_path / "nli" / name).write_text("a,b\nc,d\n")
+    with pytest.raises(ValueError, match="expected one file, found 2; .*--corpus"):
+        data_file(data.CORPORA["nli"], tmp_path)
+
+
+def test_mini_and_ones_own_folder_are_encoders_without_the_hub(tmp_path):
+    assert encoder_folder("mini") == ROOT / "mini"
+    assert encoder_folder(str(tmp_path)) == tmp_path
+
+
+@real_data
+@pytest.mark.parametrize("name, rows, columns, documents", [
+    ("wiki1m", 1_000_000, 1, None),
+    ("nli", 32_849, 3, None),
+    ("wiki_articles", 500_003, 1, 28_556),
+    ("reviews", 100_000, 1, None),
+])
+def test_the_real_corpora_are_whole(name, rows, columns, documents):
+    corpus = read_corpus(name, Path(DATA))
+    assert (len(corpus), len(corpus.columns), corpus.blank) == (rows, columns, documents or 0)
+    assert (corpus.documents and corpus.documents[-1] + 1) == documents
+
+
+@real_data
+def test_the_real_test_sets_are_found():
+    assert {"STS", "SICK"} <= {path.name for path in senteval_folder(Path(DATA)).iterdir()}
+
+
+# ---- the Hub: the real client, and a server on this machine ----------------------------------
+
+DATASET = f"/datasets/{data.HUB_DATASET}/resolve/main"
+
+
+class FakeHub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub does, from a dict of files; everything else is not found."""
+    files: dict[str, bytes] = {}
+
+    def do_GET(self):
+        body = self.files.get(self.path)
+        self.send_response(404 if body is None else 200)
+        if body is None:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("X-Repo-Commit", "c0ffee" * 6 + "c0de")
+        self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body or b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Ask data.py, in a fresh process whose Hub holds these files, what an expression is."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(expression, files, **environment):
+        FakeHub.files = files
+        script = ("import time; slept = []; time.sleep = slept.append\n"   # retries without pauses
+                  "import json, data\n"
+                  f"try: print(json.dumps({expression}, default=str))\n"
+                  "except (ValueError, FileNotFoundError) as error: print(json.dumps(str(error)))")
+        address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
+                   "HF_HOME": str(tmp_path / "hf"), "MINCSE_DATA": "", "NO_PROXY": "127.0.0.1"}
+        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
+                              text=True, env={**os.environ, **address, **environment})
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    yield ask
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_corpus_comes_from_the_hub_once_and_then_from_its_cache(hub):
+    files = {f"{DATASET}/wiki1m_for_simcse.txt": b"one\ntwo\n"}
+    assert hub("data.read_corpus('wiki1m').columns", files) == [["one", "two"]]
+    assert hub("data.read_corpus('wiki1m').columns", {}, HF_HUB_OFFLINE="1") == [["one", "two"]]
+
+
+def test_an_encoder_comes_from_the_hub_with_those_optional_files_that_it_has(hub):
+    files = {f"/owl/bert/resolve/main/{name}": name.encode() for name in (
+        "config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json")}
+    folder = Path(hub("data.encoder_folder('owl/bert')", files))
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    assert found == ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
+
+
+def test_an_encoder_in_the_cache_waits_for_an_unreachable_hub_at_most_once(hub):
+    files = {f"/owl/bert/resolve/main/{name}": b"{}" for name in data.ENCODER_FILES}
+    there = hub("data.encoder_folder('owl/bert')", files)
+    again, slept = hub("(data.encoder_folder('owl/bert'), slept)", {},
+                       HF_ENDPOINT="http://127.0.0.1:9")
+    assert again == there and sum(slept) < 40                   # seconds it would have slept
+
+
+def test_an_encoder_without_weights_is_refused(hub):
+    files = {f"/owl/bert/resolve/main/{name}": b"{}" for name in ("config.json", "tokenizer.json")}
+    error = hub("data.encoder_folder('owl/bert')", files)
+    assert "owl/bert" in error and "model.safetensors" in error and "--encoder FOLDER" in error
+
+
+@pytest.mark.parametrize("environment, reason", [
+    ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
+    ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
+    ({}, "404"),
+], ids=["unreachable", "offline", "not found"])
+def test_without_the_hub_one_sentence_names_the_file_the_variables_and_the_way_out(
+        hub, environment, reason):
+    error = hub("data.read_corpus('nli')", {}, **environment)
+    for word in ("nli_for_simcse.csv", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN",
+                 "--data FOLDER", "MINCSE_DATA", reason):
+        assert word in error
+    assert "\n" not in error
+
+
+def archive(path, *members):
+    """A tar of (name, kind) members: files, folders and links."""
+    with tarfile.open(path, "w") as tar:
+        for name, kind in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, "/etc/passwd", 0
+            if kind == tarfile.REGTYPE:
+                member.size = 3
+            tar.addfile(member, io.BytesIO(b"sts"))
+    return path
+
+
+def test_the_test_sets_come_from_the_hub_as_a_tar(hub, tmp_path):
+    tar = archive(tmp_path / "senteval.tar", ("downstream/STS/a.txt", tarfile.REGTYPE),
+                  ("downstream/SICK/b.txt", tarfile.REGTYPE))
+    folder = hub("data.senteval_folder(None)", {f"{DATASET}/senteval.tar": tar.read_bytes()})
+    assert (Path(folder) / "STS" / "a.txt").read_bytes() == b"sts"
+    assert (Path(folder) / "SICK" / "b.txt").is_file()
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("../outside.txt", tarfile.REGTYPE),
+    ("STS/../../outside.txt", tarfile.REGTYPE),
+    ("/tmp/outside.txt", tarfile.REGTYPE),
+    ("STS/link", tarfile.SYMTYPE),
+    ("STS/link", tarfile.LNKTYPE),
+    ("STS/pipe", tarfile.FIFOTYPE),
+])
+def test_a_tar_that_reaches_outside_its_folder_is_refused_and_nothing_is_written(
+        tmp_path, name, kind):
+    tar = archive(tmp_path / "bad.tar", ("STS/a.txt", tarfile.REGTYPE), (name, kind))
+    with pytest.raises(ValueError, match="expected plain files .* nothing was unpacked"):
+        unpack(tar, tmp_path / "unpacked")
+    assert list(tmp_path.iterdir()) == [tar]
+
+
+def test_a_damaged_tar_is_refused_and_leaves_no_half_of_it(tmp_path):
+    whole = archive(tmp_path / "a.tar", ("STS/a.txt", tarfile.REGTYPE)).read_bytes()
+    (tmp_path / "a.tar").write_bytes(b"noise" + whole[:400])
+    with pytest.raises(ValueError, match="a.tar: damaged"):
+        unpack(tmp_path / "a.tar", tmp_path / "unpacked")
+    assert not (tmp_path / "unpacked").exists()
+
+
+# ---- tokens ---------------------------------------------------------------------------------
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl", "sees", "an", "elk"]
+
+
+@pytest.fixture
+def words(tmp_path) -> Tokenizer:
+    """Ten words, ids as in WORDS; its file asks for padding to 8 and cutting at 4 on its own."""
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(WORDS[:5])
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(4)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return Tokenizer.read(tmp_path)
+
+
+def test_texts_become_ids_padded_to_the_longest_and_a_mask_of_the_real_ones(words):
+    ids, mask = words(["the owl sees an elk", "owl", ""], max_tokens=32)
+    assert ids.tolist() == [[2, 5, 6, 7, 8, 9, 3], [2, 6, 3, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0]]
+    assert mask.tolist() == [[True] * n + [False] * (7 - n) for n in (7, 3, 2)]
+
+
+def test_a_limit_counts_the_special_tokens_and_keeps_them(words):
+    ids, _ = words(["the owl sees an elk"], max_tokens=4)
+    assert [WORDS[i] for i in ids[0]] == ["[CLS]", "the", "owl", "[SEP]"]
+
+
+def test_a_tokenizer_knows_its_special_tokens_and_counts_in_full(words):
+    assert (words.pad_id, words.mask_id, words.vocab_size) == (0, 4, 10)
+    assert words.special_ids == [0, 1, 2, 3, 4]
+    assert words.lengths(["the owl sees an elk", "owl"]) == [7, 3]
+
+
+def test_two_threads_may_cut_at_different_limits_at_the_same_time(words):
+    texts, wrong = ["the owl sees an elk"] * 50, []
+
+    def work(limit):
+        for _ in range(100):
+            ids, _ = words(texts, max_tokens=limit)
+            if ids.shape != (50, limit):
+                wrong.append(ids.shape)
+
+    threads = [threading.Thread(target=work, args=(limit,)) for limit in (3, 4, 5, 6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"\xff", b'{"version": "1.0", "model": {}}'])
+def test_what_is_no_tokenizer_is_refused(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match="tokenizer.json: expected a tokenizer"):
+        Tokenizer.read(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_or_a_tokenizer_without_padding_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="tokenizer.json: expected .* no such file"):
+        Tokenizer.read(tmp_path)
+    tokenizers.Tokenizer(models.WordLevel({"owl": 0}, "owl")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"it has no token \[PAD\] or <pad>"):
+        Tokenizer.read(tmp_path)
+
+
+# ---- masked-LM inputs -----------------------------------------------------------------------
+
+def masked(ids, seed=0, rate=0.15):
+    return mask_tokens(ids, mask_id=4, special_ids=[0, 2, 3, 4], vocab_size=1000, rate=rate,
+                       generator=torch.Generator().manual_seed(seed))
+
+
+def test_of_the_chosen_tokens_eight_in_ten_are_masked_one_is_random_and_one_stays():
+    ids = torch.randint(5, 1000, (1000, 200), generator=torch.Generator().manual_seed(1))
+    out, labels = masked(ids)
+    chosen = labels != -100
+    n = chosen.sum().item()
+    assert n / ids.numel() == pytest.approx(0.15, abs=0.005)                   # 6 deviations
+    assert (out[chosen] == 4).sum() / n == pytest.approx(0.8, abs=0.015)
+    assert (out[chosen] == ids[chosen]).sum() / n == pytest.approx(0.1, abs=0.015)
+    others = out[chosen & (out != 4) & (out != ids)]
+    assert len(others) / n == pytest.approx(0.1, abs=0.015)
+    assert len(others.unique()) > 900                          # from the whole vocabulary
+
+
+def test_labels_are_the_true_tokens_and_all_else_stays_as_it_was():
+    ids = torch.randint(5, 1000, (50, 40), generator=torch.Generator().manual_seed(1))
+    before = ids.clone()
+    out, labels = masked(ids)
+    chosen = labels != -100
+    assert torch.equal(ids, before)
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(out[~chosen], ids[~chosen])
+
+
+def test_special_tokens_are_never_chosen():
+    ids = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 4, 9, 9, 9, 3]])
+    _, labels = masked(ids, rate=1.0)
+    assert labels.tolist() == [[-100, 7, 8, -100, -100, -100], [-100, -100, 9, 9, 9, -100]]
+
+
+def test_masking_is_a_function_of_the_generator():
+    ids = torch.arange(5, 905).view(30, 30)
+    assert all(torch.equal(a, b) for a, b in zip(masked(ids), masked(ids)))
+    assert not torch.equal(masked(ids)[1], masked(ids, seed=1)[1])
+
+
+# ---- the doctor -----------------------------------------------------------------------------
+
+def test_the_doctor_counts_what_a_reader_can_count(words):
+    sentences = ["owl", "owl", "the owl", "an elk sees the owl", "elk"]     # 3 3 4 7 3 tokens
+    corpus = Corpus("mine", [sentences], [0, 0, 1, 1, 2], "ab12", blank=2)
+    report = doctor(corpus, words, max_tokens=4)
+    assert report == {"corpus": "mine", "rows": 5, "columns": 1, "documents": 3, "blank lines": 2,
+                      "exact duplicates": 1, "rows sampled": 5, "max tokens": 4,
+                      "share truncated": 0.2, "mean tokens": 4.0, "sha256": "ab12"}
+    screen = "\n".join(doctor_lines(report))
+    for phrase in ("mine: 5 rows", "3 documents", "2 blank", "1 exact duplicate", "20.0% of rows",
+                   "cut at 4", "4.0 tokens", "sha256 ab12"):
+        assert phrase in screen
+    assert "evenly spaced" not in screen
+
+
+def test_with_several_columns_a_duplicate_is_a_whole_row_and_a_row_is_cut_if_any_text_is(words):
+    corpus = Corpus("pairs", [["owl", "owl", "owl"], ["elk", "elk", "the owl sees"]], None, "", 0)
+    report = doctor(corpus, words, max_tokens=4)
+    assert report["exact duplicates"] == 1 and report["documents"] is None
+    assert report["share truncated"] == pytest.approx(1 / 3)
+    assert report["mean tokens"] == pytest.approx((5 * 3 + 5) / 6)
+
+
+def test_of_a_large_corpus_the_doctor_samples_evenly_and_says_so(words):
+    sentences = ["owl"] * 15_000 + ["the owl sees an elk"] * 15_000
+    report = doctor(Corpus("big", [sentences], None, "", 0), words, max_tokens=4)
+    assert report["rows sampled"] == 10_000 and report["share truncated"] == 0.5
+    assert "10,000 evenly spaced rows" in "\n".join(doctor_lines(report))
+
+
+# ---- batches --------------------------------------------------------------------------------
+
+def test_an_epoch_visits_each_row_once_and_drops_the_ragged_batch():
+    epochs = list(batches(23, 5, seed=0, epochs=2))
+    assert [len(rows) for rows in epochs] == [5] * 8
+    for epoch in (epochs[:4], epochs[4:]):
+        visits = Counter(row for rows in epoch for row in rows)
+        assert len(visits) == 20 and set(visits) <= set(range(23)) and set(visits.values()) == {1}
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_alone():
+    first, second = (list(batches(20, 4, seed=7, epochs=epochs)) for epochs in (2, 3))
+    assert first == second[:10]
+    assert first[:5] != first[5:]
+    assert first != list(batches(20, 4, seed=8, epochs=2))
+
+
+def test_ahead_gives_the_same_items_in_the_same_order():
+    assert list(ahead(iter(range(100)), depth=3)) == list(range(100))
+    assert list(ahead([])) == []
+    assert list(ahead([None, False])) == [None, False]
+
+
+def test_ahead_works_in_another_thread_and_only_so_far_ahead():
+    made = []
+
+    def source():
+        for i in range(100):
+            made.append(threading.current_thread())
+            yield i
+
+    items = ahead(source(), depth=3)
+    assert next(items) == 0
+    time.sleep(0.05)                                            # time enough to go too far
+    items.close()
+    assert 1 <= len(made) <= 4
+    assert threading.current_thread() not in made
+
+
+def test_an_exception_arrives_after_the_items_before_it():
+    def source():
+        yield from range(5)
+        raise ValueError("row 5 is damaged")
+
+    seen = []
+    with pytest.raises(ValueError, match="row 5"):
+        for item in ahead(source(), depth=2):
+            seen.append(item)
+    assert seen == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("stop", [3, None], ids=["consumer stops", "items end"])
+def test_the_thread_ends(stop):
+    def source():
+        for i in range(20):
+            time.sleep(0.01)                                    # so some are still to be made
+            yield i
+
+    before = threading.active_count()
+    items = ahead(source(), depth=8)
+    assert list(islice(items, stop)) == list(range(stop or 20))
+    items.close()
+    assert threading.active_count() == before

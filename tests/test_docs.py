@@ -1,0 +1,169 @@
+"""From docstrings to sentences, on examples made up here and on the packages that are installed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import docs
+from data import read_corpus
+from docs import doc_sentences, doc_twins, folded, is_sentence, paragraphs, plain
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache for these tests alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        docs.harvest.cache_clear()
+        yield folder
+    docs.harvest.cache_clear()
+
+
+# ---- cleaning -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("markup, text", [
+    ("Like :func:`~torch.add` and :attr:`dim`.", "Like torch.add and dim."),
+    ("Set ``True`` or `None`, *never* **both**.", "Set True or None, never both."),
+    ("As shown in [1]_, see `the guide <http://x.org/a>`_.", "As shown in, see the guide."),
+    (r"An :math:`n \times m` matrix.", r"An n \times m matrix."),
+    ("Two\n  lines.", "Two lines."),
+    ("The product 2 * 3 * 4 is not emphasis.", "The product 2 * 3 * 4 is not emphasis."),
+])
+def test_markup_goes_and_words_stay(markup, text):
+    assert plain(markup) == text
+
+
+EXAMPLE = '''
+    owl(x, *,
+        loud=False) -> Tensor
+
+    Hoots at every element of :attr:`x`.  Owls hoot,
+    e.g. Strix aluco, at night.
+
+    Parameters
+    ----------
+    x : array
+        This is indented, so it is part of a list.
+
+    >>> This looks like a sentence of a session.
+
+    .. note:: This is a directive of the markup.
+
+    The last paragraph is prose again.
+    It may mention hoot(x)
+
+    or not.
+    '''
+
+
+def test_only_prose_at_the_margin_is_read_and_no_signature():
+    sentences = [sentence for paragraph in paragraphs(EXAMPLE)
+                 for sentence in docs.SENTENCE_END.split(paragraph) if sentence]
+    assert sentences == ["Hoots at every element of x.",
+                         "Owls hoot, e.g. Strix aluco, at night.",
+                         "The last paragraph is prose again.", "It may mention hoot(x)", "or not."]
+
+
+@pytest.mark.parametrize("text, verdict", [
+    ("Return the owls of an array.", True),
+    ("return the owls of an array.", False),            # the middle of something
+    ("Return the owls of an array", False),             # a heading, or cut off
+    ("The owl.", False),                                # too short
+    ("The " + "owl " * 70 + "ends.", False),            # too long
+    ("Set x = y + z for the a_b of it.", False),        # code
+    ("Owls hoot loudly nightly.", False),               # no small word: often a list of terms
+])
+def test_what_counts_as_a_sentence(text, verdict):
+    assert is_sentence(text) == verdict
+
+
+# ---- what is on this machine ----------------------------------------------------------------
+
+def test_the_corpus_has_20_to_50_thousand_sentences_and_no_two_are_equal():
+    sentences = doc_sentences()
+    assert 20_000 <= len(sentences) <= 50_000
+    assert len({folded(sentence) for sentence in sentences}) == len(sentences)
+    assert all(map(is_sentence, sentences))
+
+
+def test_the_corpus_holds_no_sentence_of_the_test():
+    test = {folded(sentence) for _, *pair in doc_twins() for sentence in pair}
+    assert test.isdisjoint(map(folded, doc_sentences()))
+
+
+def test_twins_are_two_descriptions_of_one_function_and_none_occurs_twice():
+    twins = doc_twins()
+    sides = [folded(sentence) for _, *pair in twins for sentence in pair]
+    assert 150 <= len(twins) <= 400
+    assert len(set(sides)) == len(sides) == 2 * len(twins)
+    assert len({name for name, *_ in twins}) == len(twins)
+    assert {"argsort", "inv", "fft", "hann", "erf"} <= {name for name, *_ in twins}
+
+
+def test_twins_are_clean():
+    for name, *pair in doc_twins():
+        for sentence in pair:
+            assert not any(mark in sentence for mark in ("`", "\\", "->", "\n", "Alias for"))
+            assert not sentence.startswith(f"{name}(") and not sentence.endswith(":")
+
+
+def test_a_name_that_means_two_things_makes_no_twins():
+    twins = {name: pair for name, *pair in doc_twins()}
+    assert not {"select", "typename", "bernoulli", "polar"} & set(twins)
+    assert "condition number" in twins["cond"][0]               # torch.cond is a branch
+
+
+def test_the_corpus_called_docs_is_these_sentences():
+    corpus = read_corpus("docs")
+    assert corpus.columns == [doc_sentences()] and corpus.documents is None
+
+
+# ---- the cache ------------------------------------------------------------------------------
+
+def in_a_fresh_process(cache):
+    script = "import docs; print(docs.json.dumps([docs.doc_sentences(), docs.doc_twins()]))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONHASHSEED": "7"})
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_another_process_with_no_place_for_a_cache_finds_the_same(tmp_path):
+    (tmp_path / "a file").write_text("where a folder should be")
+    sentences, twins = in_a_fresh_process(tmp_path / "a file")
+    assert sentences == doc_sentences()
+    assert [tuple(twin) for twin in twins] == doc_twins()
+
+
+def test_the_second_time_the_cache_answers(own_cache, monkeypatch):
+    found = doc_sentences(), doc_twins()
+    assert [path.suffix for path in (own_cache / "mincse").iterdir()] == [".json"]
+    docs.harvest.cache_clear()
+    monkeypatch.setattr(docs, "docstrings", lambda: pytest.fail("read the packages again"))
+    assert (doc_sentences(), doc_twins()) == found
+
+
+def test_a_damaged_cache_is_made_anew(own_cache, monkeypatch):
+    monkeypatch.setattr(docs, "find_twins", lambda: [("owl", "An owl is here.", "Here is an owl.")])
+    monkeypatch.setattr(docs, "docstrings", lambda: ["An elk is here. An owl is here."])
+    cache, = (own_cache / "mincse").iterdir()
+    whole = cache.read_text()
+    cache.write_text(whole[:100])
+    docs.harvest.cache_clear()
+    assert doc_sentences() == ["An elk is here."]
+    assert json.loads(cache.read_text())["sentences"] == ["An elk is here."]
+    cache.write_text(whole)
+    docs.harvest.cache_clear()
+
+
+def test_python_without_docstrings_is_told_why_it_finds_none():
+    done = subprocess.run([sys.executable, "-OO", "-c", "import docs; docs.doc_twins()"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert "ValueError" in done.stderr and "run python without -OO" in done.stderr
