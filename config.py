@@ -132,6 +132,11 @@ OPTIONS = {
 }
 
 
+def dashed(name: str) -> str:
+    """The flag of a field: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
 def seed_range(text: str) -> list[int]:
     """"0-4" -> [0, 1, 2, 3, 4]."""
     first, _, last = text.partition("-")
@@ -153,13 +158,13 @@ def parser() -> argparse.ArgumentParser:
         name = f.metadata["group"]
         group = groups.setdefault(name, top.add_argument_group(name))
         shown = f" [{f.default}]" if f.default not in ("", "recipe") else ""
-        group.add_argument("--" + f.name.replace("_", "-"), type=f.type,
+        group.add_argument(dashed(f.name), type=f.type,
                            choices=f.metadata["choices"], metavar=metavar(f),
                            help=(f.metadata["help"] + shown).replace("%", "%%"))
     groups["optimisation"].add_argument("--seeds", type=seed_range, metavar="A-B",
                                         help="one run per seed, then mean and spread")
     for name, text in OPTIONS.items():
-        groups["output"].add_argument("--" + name.replace("_", "-"), action="store_true", help=text)
+        groups["output"].add_argument(dashed(name), action="store_true", help=text)
     return top
 
 
@@ -186,7 +191,7 @@ def validate(config: Config) -> None:
     if config.alpha_end < config.alpha_start:
         broken.append(("alpha_end", f"at least --alpha-start, {config.alpha_start}"))
     for name, expected in broken[:1]:
-        raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found {values[name]}")
+        raise ValueError(f"{dashed(name)}: expected {expected}, found {values[name]}")
 
 
 def listing() -> str:
@@ -195,7 +200,7 @@ def listing() -> str:
             f"    published average of seven STS tasks: {paper.published}" for paper in PAPERS]
     tables = {**UNSUPERVISED, **{f"{k}, supervised": v for k, v in SUPERVISED.items()}}
     tables |= {f"{size}, {method}": v for (method, size), v in OF_METHOD.items()}
-    defaults = [f"    {name}: " + ", ".join(f"--{k.replace('_', '-')} {v:g}" for k, v in row.items())
+    defaults = [f"    {name}: " + " ".join(f"{dashed(k)} {v:g}" for k, v in row.items())
                 for name, row in tables.items()]
     return "\n".join([*rows, "", "defaults by encoder (published sizes by their papers' tables):",
                       *defaults])

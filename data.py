@@ -38,7 +38,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from docs import doc_sentences, doc_twins           # doc_twins: for eval_sts.py
+from docs import doc_sentences
 
 Item = TypeVar("Item")
 

@@ -1,16 +1,17 @@
 """
 How good is it? Semantic textual similarity, and the shape of the embedding space.
 
-    python eval_sts.py runs/mine                                        # a folder, a Hub id, or mini
+    python eval_sts.py runs/mine                              # a folder, a Hub id, or mini
     python eval_sts.py bert-base-uncased --pooling first-last --verbose --json scores.json
 
-Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). A test has `score(encode)`
-and comes from `read_test`: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the built-in doc twins),
-or a .tsv file of pairs.
+Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). A test has
+`score(encode)` and comes from `read_test`: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the
+built-in doc twins), or a .tsv file of pairs.
 
 Scores are 100 x Spearman's ρ of cosines with human scores. Two conventions share that name: "all"
-ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all"; both
-are printed. The average is that of the seven scores, each rounded to two decimals first, as in SimCSE.
+ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all";
+both are printed. The average is that of the seven scores, each rounded to two decimals first, as in
+SimCSE's code.
 """
 
 import argparse
@@ -28,8 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data as corpora
+from docs import doc_twins
+from folders import check_vocabulary, load
 from losses import alignment, cosine, uniformity
-from model import POOLINGS, SentenceEncoder, check_vocabulary, encode, load
+from model import POOLINGS, SentenceEncoder, encode
 
 Pair = tuple[str, str, float]                       # sentence, sentence, human score
 Encode = Callable[[Sequence[str]], Tensor]          # N sentences -> (N, D)
@@ -223,13 +226,14 @@ class TwinTest:
 def read_test(name: str, data: Path | None = None, *, split: str = "test") -> StsTest | TwinTest:
     """A test by its name (`docs`, `stsb`, `sts`) or from a .tsv file of scored pairs."""
     if name == "docs":
-        return TwinTest(corpora.doc_twins())
+        return TwinTest(doc_twins())
     if name.endswith(".tsv"):
         path = Path(name)
         pairs = list(columns_of(path, lines_of(path), (0, 1, 2)))
         return StsTest({path.stem: {path.stem: pairs}}, {path.stem: pairs})
     if name not in ("stsb", "sts"):
-        raise ValueError(f"expected a test called docs, stsb or sts, or a .tsv file, found {name!r}")
+        raise ValueError(f"expected a test called docs, stsb or sts, or a .tsv file, "
+                         f"found {name!r}")
     senteval = corpora.senteval_folder(data)
     if name == "stsb":
         pairs = read_stsb(senteval, split)
@@ -242,8 +246,9 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
 # ---- showing --------------------------------------------------------------------------------
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """Markdown: one row per name, one column per task."""
+    """Markdown: one row per name, one column per task, and the average of several tasks."""
     tasks = list(next(iter(rows.values())))
+    tasks = tasks if len(tasks) > 3 else [task for task in tasks if task != "avg"]
     lines = [["", *tasks], ["---", *("--:" for _ in tasks)]]
     lines += [[name, *(f"{row[task]:.2f}" for task in tasks)] for name, row in rows.items()]
     width = [max(len(line[i]) for line in lines) for i in range(len(tasks) + 1)]

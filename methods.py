@@ -152,9 +152,9 @@ def check(config, columns: int) -> None:
     """Refuse a combination that makes no sense for a corpus of that many columns."""
     taken = METHODS[config.method].columns_taken
     if columns not in taken:
-        raise ValueError(f"--method {config.method} takes a corpus of {' or '.join(map(str, taken))}"
-                         f" columns, found {columns} in {config.corpus}: use --method simcse, or "
-                         "leave the hard negatives out of the file yourself")
+        raise ValueError(f"--method {config.method} takes a corpus of "
+                         f"{' or '.join(map(str, taken))} columns, found {columns} in "
+                         f"{config.corpus}: use --method simcse, or a file without hard negatives")
     if columns == 3 and config.loss == "focal":
         raise ValueError(f"--loss focal is defined without labels, but {config.corpus} has hard "
                          "negatives (3 columns): use --loss info-nce, or a corpus of sentences")

@@ -10,8 +10,8 @@ Read `train` first: it is the algorithm box, and all the rest serves it.
     methods.py    views and loss of a paper   model.py   encoder, poolings, heads
     eval_sts.py   scores                   runs.py       the folder that a run leaves
 
-Order of a run: read everything and check it, score the start, train while the best model (by the dev
-score) is kept on disk, score the best.
+Order of a run: read everything and check it, score the start, train while the best model by the
+dev score is kept on disk, score the best.
 """
 
 import random
@@ -39,10 +39,11 @@ import data
 import runs
 from config import Config
 from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pick_device,
-                      read_test, report)
+                      read_test)
+from folders import load, load_masked_lm, save
 from losses import alignment, cosine, uniformity
 from methods import METHODS, Encoded, SimCSE, check
-from model import Head, MaskedLMHead, SentenceEncoder, encode, load, load_masked_lm, save
+from model import Head, MaskedLMHead, SentenceEncoder, encode
 
 LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
 
@@ -295,7 +296,7 @@ def keep_best(job: Job, folder: Path, state: runs.State) -> tuple[runs.State, di
 
 
 def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
-    """One seed from start to finish. Returns its results; what it leaves is described in runs.py."""
+    """One seed from start to finish. Returns its results; runs.py says what it leaves."""
     with exits(2):
         done = runs.claim(folder, config, resume=options["resume"], overwrite=options["overwrite"])
     if done:

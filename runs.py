@@ -5,7 +5,7 @@ What does a run leave? A folder that explains itself, and from which a stopped r
     metrics.jsonl   one object a line              results.json  scores before and after
     results.md      the same as tables             README.md     model card
     state.pt        for --resume, removed at the end
-    config.json, model.safetensors, ...            the best model, written by model.save
+    config.json, model.safetensors, ...            the best model, written by folders.save
 
 A file is written beside its place and then renamed, so none is ever half there.
 """
@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import statistics
 import time
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from config import Config
+from config import Config, dashed
 from eval_sts import Result, plain, table
 
 OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "args.json")
@@ -96,7 +95,7 @@ def check_same(folder: Path, config: Config) -> None:
     before = json.loads((folder / "args.json").read_text())
     for name, now in asdict(config).items():
         if name not in HARMLESS and before["config"].get(name) != now:
-            raise ValueError(f"{folder} was started with --{name.replace('_', '-')} "
+            raise ValueError(f"{folder} was started with {dashed(name)} "
                              f"{before['config'].get(name)}, found {now}: go on with\n"
                              f"  {before['command']} --resume")
 
@@ -230,13 +229,19 @@ def as_markdown(config: Config, results: dict) -> str:
         rows |= {"before, mean": results["before_mean"], "after, mean": results["mean"]}
     chosen = (f"step {results['best_step']} of {results['steps']}, the best on {config.dev} dev"
               if config.dev != "none" else f"step {results['steps']}, the last")
-    shapes = [f"{name}: alignment {before['alignment']:.3f} to {after['alignment']:.3f}, uniformity "
-              f"{before['uniformity']:.3f} to {after['uniformity']:.3f}"
-              for (name, before), after in zip(results["geometry_before"].items(),
-                                               results["geometry"].values())]
-    return "\n\n".join([f"{config.method}, {config.loss}, from {config.encoder} on {config.corpus}, "
-                        f"seed {config.seed}: test {config.test}, {config.pooling} pooling, {chosen}",
-                        table(rows), *shapes]) + "\n"
+    shapes = []
+    for name, after in results["geometry"].items():
+        before = results["geometry_before"][name]
+        shapes.append(f"{name}, before and after: " + ", ".join(
+            f"{measure} {before[measure]:.3f} {after[measure]:.3f}" for measure in after))
+    title = f"{experiment(config)}, seed {config.seed}, {config.pooling} pooling: {chosen}"
+    return "\n\n".join([title, table(rows), *shapes]) + "\n"
+
+
+def experiment(config: Config) -> str:
+    """What was done, in one line."""
+    return (f"{config.method} with {config.loss} and {config.positives}, from {config.encoder} on "
+            f"{config.corpus}, test {config.test}")
 
 
 def model_card(folder: Path, config: Config, text: str) -> str:
@@ -253,8 +258,8 @@ from sentence_transformers import SentenceTransformer
 vectors = SentenceTransformer("{folder}").encode(["A man plays a guitar."])
 ```
 ```python
-import data, model                              # mincse
-encoder, tokenizer = model.load("{folder}"), data.Tokenizer.read("{folder}")
+import data, folders, model                     # mincse
+encoder, tokenizer = folders.load("{folder}"), data.Tokenizer.read("{folder}")
 vectors = model.encode(encoder, tokenizer, ["A man plays a guitar."])
 ```
 
@@ -279,8 +284,7 @@ def summarise(folder: Path, config: Config, results: dict[int, dict]) -> str:
     rows = {name: {task: f(scores) for task, scores in columns.items()}
             for name, f in spread.items()}
     before = next(iter(results.values()))["before"]
-    text = "\n\n".join([f"{config.method}, {config.loss}, from {config.encoder} on {config.corpus}, "
-                        f"test {config.test}, {len(results)} seeds",
+    text = "\n\n".join([f"{experiment(config)}, {len(results)} seeds",
                         table({"before": before} | rows), *verdict(config, rows["mean"])]) + "\n"
     write_text(folder / "results.md", text)
     write_json(folder / "results.json", {"seeds": {str(k): v["test"] for k, v in results.items()},

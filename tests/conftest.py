@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
-    """A BERT of 2 layers x 32 with random weights and the tokenizer of `mini`: trains in moments."""
-    from model import Encoder, EncoderConfig, SentenceEncoder, save
+    """A BERT of 2 layers x 32, random weights, the tokenizer of `mini`: trains in moments."""
+    from folders import read_config, save
+    from model import Encoder, SentenceEncoder
     folder = tmp_path_factory.mktemp("encoders") / "tiny"
     shutil.copytree(ROOT / "mini", folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -25,7 +26,7 @@ def tiny(tmp_path_factory) -> Path:
     (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json")}
-    save(SentenceEncoder(Encoder(EncoderConfig.read(folder)), pooling="cls", files=files), folder)
+    save(SentenceEncoder(Encoder(read_config(folder)), pooling="cls", files=files), folder)
     return folder
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import eval_sts
 from eval_sts import (STS, StsTest, TwinTest, average, geometry, plain, read_sick, read_stsb,
                       read_subset, read_test, score_task, spearman, table)
 
@@ -162,9 +161,14 @@ def test_an_unknown_test_is_answered_with_the_menu():
 # ---- Showing --------------------------------------------------------------------------------
 
 def test_a_table_is_markdown_with_two_decimals():
-    lines = table({"all": {"STS12": 72.357, "avg": 3.}}).splitlines()
-    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == [
-        ["", "STS12", "avg"], ["---", "--:", "--:"], ["all", "72.36", "3.00"]]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")]
+             for line in table({"all": {"a": 72.357, "b": 1., "c": 5., "avg": 3.}}).splitlines()]
+    assert cells == [["", "a", "b", "c", "avg"], ["---", "--:", "--:", "--:", "--:"],
+                     ["all", "72.36", "1.00", "5.00", "3.00"]]
+
+
+def test_the_average_of_a_single_task_is_not_shown_twice():
+    assert "avg" not in table({"all": {"STS-B": 72., "avg": 72.}})
 
 
 def test_json_has_null_where_there_is_no_score():

@@ -105,7 +105,8 @@ def test_gradient_reaches_the_anchor_of_the_group_and_nothing_remembered():
     memory, z1, z2 = worked_memory(), Z1.clone().requires_grad_(), Z2.clone().requires_grad_()
     loss = info_nce(z1, memory.smooth(z2, neighbours=2))
     to_z1, to_z2 = torch.autograd.grad(loss, [z1, z2])
-    expected = [[[0, .0009, .0052], [.7039, 0, -.7723]], [[-.2941, .3922, 0], [.1835, -.3046, .2285]]]
+    expected = [[[0, .0009, .0052], [.7039, 0, -.7723]],
+                [[-.2941, .3922, 0], [.1835, -.3046, .2285]]]
     for found, wanted in zip((to_z1, to_z2), expected):
         assert torch.allclose(found, torch.tensor(wanted, dtype=torch.float64), atol=1e-3)
     assert not memory.rows.requires_grad and memory.rows.grad_fn is None

@@ -1,0 +1,264 @@
+"""
+How do encoders come in and go out? Folders as Hugging Face stores them.
+
+    load(folder) -> SentenceEncoder       save(model, folder)       load_masked_lm(folder, model)
+
+What was saved loads here, in transformers and in sentence-transformers, with the same vectors. Our
+names are our own: one table for settings and one for tensors translate them, both ways. Reading
+is all or nothing: a tensor that is missing or left over is an error that lists it.
+"""
+
+import json
+import os
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import safetensors.torch
+import torch.nn as nn
+from torch import Tensor
+
+from model import ACTIVATIONS, Encoder, EncoderConfig, Head, MaskedLMHead, SentenceEncoder
+
+SETTINGS = {                                                      # ours -> config.json's
+    "model_type": "model_type", "vocab_size": "vocab_size", "width": "hidden_size",
+    "layers": "num_hidden_layers", "heads": "num_attention_heads", "inner": "intermediate_size",
+    "positions": "max_position_embeddings", "types": "type_vocab_size",
+    "dropout": "hidden_dropout_prob", "attention_dropout": "attention_probs_dropout_prob",
+    "eps": "layer_norm_eps", "pad_id": "pad_token_id", "activation": "hidden_act",
+}
+SUPPORTED = {
+    "model_type": ["bert", "roberta"], "hidden_act": list(ACTIVATIONS), "is_decoder": [False],
+    "position_embedding_type": ["absolute"], "add_cross_attention": [False],
+}
+ENCODER = [                                                       # ours -> model.safetensors'
+    ("^words", "embeddings.word_embeddings"),
+    ("^positions", "embeddings.position_embeddings"),
+    ("^types", "embeddings.token_type_embeddings"),
+    ("^norm", "embeddings.LayerNorm"),
+    ("^layers", "encoder.layer"),
+    ("attention.(query|key|value)", r"attention.self.\1"),
+    ("attention.output", "attention.output.dense"),
+    ("attention_norm", "attention.output.LayerNorm"),
+    ("inner", "intermediate.dense"),
+    ("outer", "output.dense"),
+    (r"\.norm", ".output.LayerNorm"),
+]
+MASKED_LM = {
+    "bert": [("^", "cls.predictions."), ("dense", "transform.dense"),
+             ("norm", "transform.LayerNorm"), ("words", "decoder.weight")],
+    "roberta": [("^", "lm_head."), ("norm", "layer_norm"), ("words", "decoder.weight")],
+}
+POOLER, DENSE = [("^", "pooler.dense.")], [("^", "linear.")]      # a kept head, in either library
+DENSE_SETTINGS = {"bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+CHAINS = [["Transformer", "Pooling", *more]
+          for more in ([], ["Dense"], ["Normalize"], ["Dense", "Normalize"])]
+TODAY = [(r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^(bert|roberta)\.", "")]
+NOT_ENCODER = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
+COPIED = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"]
+
+
+def read_config(folder: str | Path) -> EncoderConfig:
+    """The numbers in config.json; refuses what would not compute the same as there."""
+    path = Path(folder) / "config.json"
+    found = read(path)
+    for key, allowed in SUPPORTED.items():
+        if found.get(key, allowed[0]) not in allowed:
+            raise wrong(path, f"{key} to be {' or '.join(map(str, allowed))}", found[key])
+    values = {f.name: found.get(SETTINGS[f.name], f.default) for f in fields(EncoderConfig)}
+    for f in fields(EncoderConfig):
+        if type(values[f.name]) not in (f.type, int):
+            raise wrong(path, f"{SETTINGS[f.name]} ({f.type.__name__})",
+                        found.get(SETTINGS[f.name], "nothing"))
+    if not values["heads"] or values["width"] % values["heads"]:
+        raise wrong(path, "a hidden_size that num_attention_heads divides",
+                    f"{values['width']} and {values['heads']}")
+    return EncoderConfig(**values)
+
+
+def translate(tensors: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """The same tensors under other names."""
+    for pattern, new in table:
+        tensors = {re.sub(pattern, new, name): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def wrong(path: str | Path, expected: object, found: object) -> ValueError:
+    """Where, what was expected, what was found, and what to do about it."""
+    return ValueError(f"{path}: expected {expected}, found {found}; choose another encoder")
+
+
+def read(path: Path) -> dict | list:
+    """What a JSON or safetensors file holds; all that can be wrong with it is said here."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected an encoder as Hugging Face stores "
+                                "it, with its weights in model.safetensors; choose another folder")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        content = json.loads(path.read_bytes())
+    except (ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
+    if not isinstance(content, list if path.name == "modules.json" else dict):
+        raise wrong(path, "settings of an encoder", content)
+    return content
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], table: list[tuple[str, str]],
+         path: Path) -> None:
+    """Every tensor of the module comes from the file, and none of the file's is left over."""
+    own = translate(module.state_dict(), table)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise wrong(path, "the tensors that config.json implies",
+                    f"{missing or 'none'} missing and {extra or 'none'} left over")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise wrong(path, f"{name} of shape {[*own[name].shape]}", [*tensor.shape])
+        if not tensor.isfinite().all():
+            raise wrong(path, f"finite numbers in {name}", "NaN or infinity")
+        own[name].copy_(tensor)                                   # fp16 becomes fp32 here
+
+
+def load(folder: str | Path, *, pooling: str | None = None,
+         dropout: float | None = None) -> SentenceEncoder:
+    """The encoder of a Hugging Face or sentence-transformers folder, pooled as the folder says.
+
+    `pooling` overrides that; `dropout` overrides both rates, of hidden states and of attention.
+    """
+    folder = Path(folder)
+    config, path = read_config(folder), folder / "model.safetensors"
+    if dropout is not None:
+        config = replace(config, dropout=dropout, attention_dropout=dropout)
+    encoder = Encoder(config)
+    fill(encoder, {name: tensor for name, tensor in translate(read(path), TODAY).items()
+                   if not name.startswith(NOT_ENCODER)}, ENCODER, path)
+    parts = read_parts(folder, config.width)
+    parts["pooling"] = pooling or parts["pooling"]
+    files = {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
+    return SentenceEncoder(encoder, files=files, **parts)
+
+
+def read_parts(folder: Path, width: int) -> dict:
+    """What sentence-transformers adds to the encoder; where it says nothing, that is the mean."""
+    parts, limits, path = {}, folder / "sentence_bert_config.json", folder / "modules.json"
+    if limits.is_file():
+        parts["max_tokens"] = read(limits).get("max_seq_length")
+    if not path.is_file():
+        return parts | {"pooling": "mean"}
+    modules = read(path)
+    kinds = [module["type"].split(".")[-1] for module in modules]
+    if kinds not in CHAINS:
+        raise wrong(path, f"one of {CHAINS}", kinds)
+    parts["pooling"] = read_pooling(folder / modules[1]["path"] / "config.json")
+    parts["normalize"] = "Normalize" in kinds
+    if "Dense" in kinds:
+        dense = folder / modules[2]["path"]
+        settings, weights = read(dense / "config.json"), dense / "model.safetensors"
+        if not DENSE_SETTINGS.items() <= settings.items() or settings.get("use_residual"):
+            raise wrong(dense / "config.json", DENSE_SETTINGS, settings)
+        parts |= {"head": Head(width), "keep_head": True}
+        fill(parts["head"], read(weights), DENSE, weights)
+    return parts
+
+
+def read_pooling(path: Path) -> str:
+    """The one that is on: `"pooling_mode": "mean"` or, in older files, one of several booleans."""
+    settings = read(path)
+    on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
+    found = settings.get("pooling_mode", on)
+    for name, key in (("cls", "pooling_mode_cls_token"), ("mean", "pooling_mode_mean_tokens")):
+        if found in (name, [key]):
+            return name
+    raise wrong(path, "cls or mean pooling", found)
+
+
+def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
+    """The head that the encoder was pre-trained with.
+
+    Its decoder starts as a copy of the word embeddings and goes its own way, as in SimCSE's code;
+    `head.words = model.encoder.words.weight` ties them again.
+    """
+    path, table = Path(folder) / "model.safetensors", MASKED_LM[model.config.model_type]
+    found = {name: tensor for name, tensor in sorted(translate(read(path), TODAY).items())
+             if name.startswith(("cls.predictions.", "lm_head."))}
+    if not found:
+        raise wrong(path, "a masked-LM head (cls.predictions or lm_head)", "none")
+    words = model.encoder.words.weight.detach()
+    head = MaskedLMHead(model.config, nn.Parameter(words.clone()))
+    # A tied decoder is not in the file; an untied one is, with a bias that replaces the other.
+    found = translate({"words": words}, table) | translate(found, [("decoder.bias", "bias")])
+    fill(head, found, table, path)
+    return head
+
+
+def check_vocabulary(config: EncoderConfig, tokenizer_size: int) -> None:
+    """An encoder may know a few words more than its tokenizer, for a round number; never fewer."""
+    if not 0.9 * config.vocab_size <= tokenizer_size <= config.vocab_size:
+        raise wrong("tokenizer.json", f"90 to 100 % of the encoder's {config.vocab_size} entries",
+                    tokenizer_size)
+
+
+def save(model: SentenceEncoder, folder: str | Path) -> None:
+    """Write a folder that loads here, in transformers and in sentence-transformers.
+
+    Every file is complete on the disk before the first takes its place: where writing fails, the
+    old ones stand. A head that serves training only is no part of the model and left out.
+    """
+    files, folder = contents(model), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".saving-") as waiting:
+        for name, content in files.items():
+            write(Path(waiting, name), content)
+        for name in files:
+            (folder / name).parent.mkdir(exist_ok=True)
+            os.replace(Path(waiting, name), folder / name)
+
+
+def write(path: Path, content: bytes | dict | list) -> None:
+    """The opposite of `read`. Afterwards the file is on the disk, not on its way there."""
+    if path.suffix == ".safetensors":
+        plain = {name: tensor.float().cpu().contiguous() for name, tensor in content.items()}
+        content = safetensors.torch.save(plain, metadata={"format": "pt"})
+    elif not isinstance(content, bytes):
+        content = json.dumps(content, indent=2).encode()
+    path.parent.mkdir(exist_ok=True)
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
+    """Every file of the folder, by name."""
+    if model.pooling not in ("cls", "mean"):
+        raise ValueError(f"expected cls or mean pooling, found {model.pooling}, which has no name "
+                         "in sentence-transformers; use it for evaluation only")
+    config, width = json.loads(model.files.get("config.json", "{}")), model.config.width
+    config |= {theirs: getattr(model.config, ours) for ours, theirs in SETTINGS.items()}
+    config |= {"architectures": [model.config.model_type.capitalize() + "Model"],
+               "torch_dtype": "float32", "dtype": "float32"}      # old and new readers differ
+    head = model.head.state_dict() if model.head is not None and model.keep_head else {}
+    chain = ["Transformer", "Pooling", *["Dense"] * bool(head), *["Normalize"] * model.normalize]
+    files = model.files | {
+        "config.json": config,
+        "model.safetensors": translate(model.encoder.state_dict(), ENCODER),
+        # sentence-transformers has moved its modules; new versions understand old addresses too.
+        "modules.json": [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
+                          "type": f"sentence_transformers.models.{kind}"}
+                         for i, kind in enumerate(chain)],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": width, "pooling_mode_cls_token": model.pooling == "cls",
+            "pooling_mode_mean_tokens": model.pooling == "mean",
+            "pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False},
+        "sentence_bert_config.json": {"max_seq_length": model.max_tokens, "do_lower_case": False},
+        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": "cosine"},
+    }
+    if head:
+        size = {"in_features": width, "out_features": width}
+        files["2_Dense/config.json"] = size | DENSE_SETTINGS
+        files["2_Dense/model.safetensors"] = translate(head, DENSE)
+        files["model.safetensors"] |= translate(head, POOLER)     # transformers' pooler_output
+    return files
