@@ -269,10 +269,10 @@ def report(result: Result, *, verbose: bool = False) -> str:
 
 
 def plain(value):
-    """JSON has no NaN: a score that could not be computed is null there."""
+    """JSON has no NaN or infinity: a figure that could not be computed is null there."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # ---- the program ----------------------------------------------------------------------------

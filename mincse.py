@@ -15,7 +15,6 @@ dev score is kept on disk, score the best.
 """
 
 import random
-import resource
 import shlex
 import signal
 import sys
@@ -204,7 +203,7 @@ class Job:
 
 
 def build(inputs: Inputs, config: Config) -> Job:
-    """A fresh model for one seed, without its training head: that comes with the first step."""
+    """Model, method and optimizer of one seed, before the first step."""
     torch.manual_seed(config.seed)                                # the head's weights
     model = load(inputs.folder, pooling=config.pooling, dropout=config.dropout)
     width = model.config.width
@@ -263,7 +262,8 @@ def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
     log = runs.Log(folder, config.batch_size)
     loop = train(job.parts, job.optimizer, batches, config, steps=steps, first=state.step + 1,
                  device=job.inputs.device, bf16=job.bf16)
-    for step, loss, out in tqdm(loop, total=steps, initial=state.step, disable=None, unit="step"):
+    bar = tqdm(loop, total=steps, initial=state.step, disable=None, unit="step")
+    for step, loss, out in bar:
         state = replace(state, step=step)
         log.add(loss)
         due, scores = step % config.dev_every == 0 or step == steps, {}
@@ -272,8 +272,9 @@ def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
                 state, scores = keep_best(job, folder, state)
         if due or step % LOG_EVERY == 0:
             rate = job.optimizer.param_groups[0]["lr"]
-            log.line(step, figures(out) | job.parts["method"].logs() | scores
-                     | {"learning_rate": rate})
+            row = log.line(step, figures(out) | job.parts["method"].logs() | scores
+                           | {"learning_rate": rate})
+            bar.set_postfix(loss=f"{row['loss']:.4f}")
         if due or stop.signal:
             with log.paused():
                 runs.save_state(folder, state, job.parts, job.optimizer)
@@ -297,12 +298,13 @@ def keep_best(job: Job, folder: Path, state: runs.State) -> tuple[runs.State, di
 
 def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
     """One seed from start to finish. Returns its results; runs.py says what it leaves."""
+    with exits(3):
+        job = build(inputs, config)
     with exits(2):
         done = runs.claim(folder, config, resume=options["resume"], overwrite=options["overwrite"])
     if done:
         return done
     with exits(3):
-        job = build(inputs, config)
         state = runs.load_state(folder, job.parts, job.optimizer)
     if state is None:
         runs.describe(folder, config, command(), inputs.doctor)
@@ -338,8 +340,9 @@ def finish(job: Job, folder: Path, state: runs.State, *, keep_state: bool) -> di
 
 
 def command() -> str:
-    """This command line, without --resume, to be typed again."""
-    return shlex.join(["python", *(arg for arg in sys.argv if arg != "--resume")])
+    """This command line, to be typed again, with --resume after it."""
+    kept = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
+    return shlex.join(["python", *kept])
 
 
 def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> str:
@@ -379,8 +382,6 @@ def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
     """What the run would do, from what three steps took."""
     config = job.config
     scored = -(-job.steps // config.dev_every) if job.inputs.dev else 0
-    memory = (torch.cuda.max_memory_allocated() if job.inputs.device.type == "cuda"
-              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     tokens = job.steps * config.batch_size * min(job.inputs.doctor["mean tokens"],
                                                  config.max_tokens)
     return "\n".join([
@@ -388,8 +389,20 @@ def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
         f"tokens: about {tokens / 1e6:.1f} million per column",
         f"dev scores: {scored}, at {scoring:.1f} s",
         f"expected time: {(job.steps * seconds + (scored + 2) * scoring) / 60:.1f} minutes",
-        f"peak memory: {memory / 2**30:.2f} GiB",
+        f"peak memory: {peak_memory(job.inputs.device)}",
         f"saved and reloaded with equal vectors: {'yes' if reloaded else 'NO'}"])
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most that this process held so far, on the device that it computes on."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    try:
+        from resource import RUSAGE_SELF, getrusage
+    except ImportError:
+        return "not known on Windows"
+    unit = 1 if sys.platform == "darwin" else 1024                # macOS counts in bytes
+    return f"{getrusage(RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -342,6 +342,15 @@ def test_a_folder_with_other_things_in_it_is_left_alone(train, tmp_path, capsys)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
+def test_the_command_to_go_on_never_overwrites(train, monkeypatch, capsys):
+    train()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_after(2, patch)
+        train("--overwrite")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("--resume") and "--overwrite" not in last
+
+
 def test_a_damaged_state_is_refused_by_name(train, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_after(2, patch)
@@ -469,7 +478,7 @@ def test_a_wrong_use_gets_one_sentence_and_its_exit_code(
     ("model.safetensors", lambda content: content[:5000], "model.safetensors"),
     ("model.safetensors", lambda content: b"", "model.safetensors"),
     ("config.json", without_model_type, "model_type"),
-    ("tokenizer.json", half_the_vocabulary, "it belongs to another encoder"),
+    ("tokenizer.json", half_the_vocabulary, "expected 90 to 100 % of the encoder's 16384 entries, found 8000"),
     ("tokenizer.json", lambda content: b"{", "tokenizer.json: expected a tokenizer"),
 ])
 def test_a_damaged_encoder_is_refused_by_the_name_of_its_file(
