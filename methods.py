@@ -22,6 +22,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from losses import LOSSES
+from model import SentenceEncoder
 from positives import POSITIVES, MemoryBuffer
 
 
@@ -37,6 +38,10 @@ class Encoded:
     columns: list[Tensor]             # V x (B, D): anchor, positive, and hard negatives if any
     step: int                         # 1 is the first
     steps: int                        # of the whole run
+    rows: Tensor | None = None        # (B,) row numbers in the corpus
+    ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
+    mask: Tensor | None = None        # (V·B, T)
+    hidden: list[Tensor] | None = None   # L + 1 x (V·B, T, D); of the last layer maybe T = 1
 
     @property
     def anchor(self) -> Tensor:                                   # (B, D)
@@ -55,11 +60,14 @@ class SimCSE(nn.Module):
     """
     columns_taken = (1, 2, 3)
 
-    def __init__(self, corpus, config, *, width: int):
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__()
         self.corpus, self.config = corpus, config
         self.view = bind(POSITIVES[config.positives], config)
         self.loss_of = bind(LOSSES[config.loss], config)
+
+    def prepare(self, encode: Callable, seed: int) -> None:
+        """Look at the whole corpus with the present encoder, once before the first step."""
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
         """The texts of these rows: one list of B per column."""
@@ -95,9 +103,9 @@ class ISCSE(SimCSE):
     """
     columns_taken = (1, 2)
 
-    def __init__(self, corpus, config, *, width: int):
-        super().__init__(corpus, config, width=width)
-        self.memory = MemoryBuffer(config.buffer_size, width)
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        self.memory = MemoryBuffer(config.buffer_size, model.config.width)
         self.smooth = partial(self.memory.smooth, neighbours=config.neighbours,
                               temperature=config.smoothing_temperature)
 

@@ -55,6 +55,7 @@ class Batch:
     ids: Tensor                       # (V·B, T)
     mask: Tensor                      # (V·B, T)
     columns: int                      # V
+    rows: Tensor                      # (B,) row numbers in the corpus
     masked: Tensor | None = None      # (V·B, T)
     labels: Tensor | None = None      # (V·B, T)
 
@@ -74,7 +75,7 @@ def make_batches(method: SimCSE, tokenizer: data.Tokenizer, config: Config, *, s
         columns = method.views(rows, random.Random(f"{config.seed} {step}"))
         ids, mask = tokenizer([text for column in columns for text in column],
                               max_tokens=config.max_tokens)
-        batch = Batch(ids, mask, len(columns))
+        batch = Batch(ids, mask, len(columns), torch.tensor(rows))
         if config.mlm_weight:
             masked, labels = data.mask_tokens(
                 ids, mask_id=tokenizer.mask_id, special_ids=tokenizer.special_ids,
@@ -110,10 +111,12 @@ def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Itera
 
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            rows = model(batch.ids, batch.mask).float()           # (V·B, D)
+            hidden = model.layers(batch.ids, batch.mask)          # L + 1 x (V·B, T, D)
+            vectors = model.embed(hidden, batch.mask).float()     # (V·B, D)
             extra = (config.mlm_weight * masked_lm_loss(model, parts["lm_head"], batch)
                      if config.mlm_weight else 0)
-        out = Encoded(list(rows.chunk(batch.columns)), step, steps)
+        out = Encoded(list(vectors.chunk(batch.columns)), step, steps, batch.rows, batch.ids,
+                      batch.mask, hidden)
         loss = method.loss(out) + extra
 
         optimizer.zero_grad()
@@ -208,7 +211,7 @@ def build(inputs: Inputs, config: Config) -> Job:
     model = load(inputs.folder, pooling=config.pooling, dropout=config.dropout)
     width = model.config.width
     parts = nn.ModuleDict({"model": model,
-                           "method": METHODS[config.method](inputs.corpus, config, width=width)})
+                           "method": METHODS[config.method](inputs.corpus, config, model=model)})
     if config.mlm_weight:
         parts["lm_head"] = load_masked_lm(inputs.folder, model)
     if config.head != "none":
@@ -309,6 +312,7 @@ def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
     if state is None:
         runs.describe(folder, config, command(), inputs.doctor)
         state = runs.State(before=asdict(score_start(job)))
+        job.parts["method"].prepare(job.encode, config.seed)
     with Stop().listening() as stop:
         if state.step < job.steps:
             state = fit(job, folder, state, stop)

@@ -221,8 +221,11 @@ class SentenceEncoder(nn.Module):
         self.files = files or {}
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:       # (B, T), (B, T) -> (B, D)
-        # [CLS] pooling reads one token of the last layer: the others need not get there.
-        return self.embed(self.encoder(ids, mask, first_only=self.pooling == "cls"), mask)
+        return self.embed(self.layers(ids, mask), mask)
+
+    def layers(self, ids: Tensor, mask: Tensor) -> list[Tensor]:  # -> L + 1 x (B, T, D)
+        """The hidden states, as far as the pooling reads them: [CLS] needs one token of the last."""
+        return self.encoder(ids, mask, first_only=self.pooling == "cls")
 
     def embed(self, hidden: list[Tensor], mask: Tensor) -> Tensor:
         """What follows the encoder, for a method that needs the layers as well."""

@@ -11,6 +11,7 @@ import methods
 from config import Config
 from losses import focal_info_nce, info_nce
 from methods import METHODS, PAPERS, Encoded, check, own_hard_negative
+from model import Encoder, EncoderConfig, SentenceEncoder
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,10 @@ def random_columns(V=2, B=2, D=3, seed=0):
     return [torch.randn(B, D).double() for _ in range(V)]
 
 
-def method(name="simcse", corpus=SENTENCES, width=3, **settings):
-    config = replace(SMALL, method=name, **settings)
-    return METHODS[name](corpus, config, width=width).double()
+def method(name="simcse", corpus=SENTENCES, **settings):
+    """A method on an encoder of width 3, which it never runs."""
+    model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 3, 1, 1, 5)), pooling="cls")
+    return METHODS[name](corpus, replace(SMALL, method=name, **settings), model=model).double()
 
 
 # ---- SimCSE ---------------------------------------------------------------------------------

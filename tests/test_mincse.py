@@ -64,7 +64,7 @@ def loop_of(tiny, sentences, steps=3, **settings):
     torch.manual_seed(0)
     model = load(tiny, pooling="cls", dropout=config.dropout)
     model.head = Head(model.config.width)
-    parts = nn.ModuleDict({"model": model, "method": SimCSE(corpus, config, width=32)})
+    parts = nn.ModuleDict({"model": model, "method": SimCSE(corpus, config, model=model)})
     return config, corpus, tokenizer, parts
 
 
