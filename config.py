@@ -32,8 +32,11 @@ class Config:
 
     corpus: str = flag("docs", "data", "docs, wiki1m, nli, or a .txt, .csv, .tsv file (or .gz)")
     data: str = flag("", "data", "folder with own copies of the data (or MINCSE_DATA)")
+    teacher: str = flag("", "data", "twins, debcse, kdmcse: a trained encoder to learn from; "
+                        "kdmcse also takes a file of its vectors: .npy, .safetensors")
     max_tokens: int = flag(32, "data", "longer sentences are cut in training (SimCSE code)")
-    rate: float = flag(0.1, "data", "share of words that crop and delete-words take")
+    generator: str = flag("", "data", "diffcse: masked LM of the same words; default: the encoder")
+    rate: float = flag(0.1, "data", "share of words that a text view changes")
 
     temperature: float = flag(0.05, "loss", "divides the cosines (SimCSE Table D.1)")
     hard_negative_weight: float = flag(1.0, "loss", "α on the own hard negative (SimCSE eq. 8)")
@@ -45,6 +48,28 @@ class Config:
     smoothing_temperature: float = flag(2.0, "loss", "is-cse: β of the blend (IS-CSE code)")
     alpha_start: float = flag(0.1, "loss", "is-cse: weight of the smoothed term at first (recipe)")
     alpha_end: float = flag(0.1, "loss", "is-cse: and from mid-training on (recipe)")
+    twins_weight: float = flag(1.0, "loss", "twins: λ of the twins loss (ours)")
+    queue_batches: int = flag(2, "loss", "twins: past batches that stay negatives (ours)")
+    rtd_weight: float = flag(0.005, "loss", "diffcse: λ of replaced-token detection (DiffCSE A.1)")
+    rtd_rate: float = flag(0.3, "loss", "diffcse: share of tokens masked for it (recipe)")
+    annotation_rounds: int = flag(3, "loss", "infocse: parts of the corpus that are annotated")
+    annotator: str = flag("current", "loss", "infocse: the encoder before each part, or frozen "
+                          "after the first", ["current", "frozen"])
+    annotation_quantile: float = flag(0.9, "loss", "infocse: of cosines inside documents, where "
+                                      "mates begin (recipe)")
+    largest_cluster: int = flag(8, "loss", "infocse: sentences in it, at most")
+    twin_rate: float = flag(0.5, "loss", "infocse, debcse: ρ, how often a sentence with "
+                            "mates is its own positive (recipe)")
+    mate_temperature: float = flag(0.1, "loss", "infocse: τ_s of the draw among mates")
+    layers_as_negatives: int = flag(2, "loss", "sscl: M, layers below the last (SSCL Table 2)")
+    layer_weight: float = flag(0.5, "loss", "sscl: w of the loss with them; 1: as in eq. 4 (code)")
+    angular_margin: float = flag(0.125, "loss", "kdmcse: m, radians that negatives come nearer")
+    teacher_threshold: float = flag(0.0, "loss", "kdmcse: pairs that the teacher finds more alike "
+                                    "are no negatives; 1: all are, 0: set so for 1 in 1000 pairs")
+    grounding_weight: float = flag(0.01, "loss", "kdmcse: λ of student against teacher (code)")
+    retrieved: int = flag(1, "loss", "cards: s, negatives drawn for each sentence (CARDS README)")
+    retrieve_from: int = flag(64, "loss", "cards: K, nearest sentences they are drawn of (recipe)")
+    propensity_bins: int = flag(10, "loss", "debcse: K, bins of surface likeness; 1: no correction")
 
     epochs: int = flag(1, "optimisation", "passes over the corpus (recipe)")
     steps: int = flag(0, "optimisation", "exactly so many steps instead, schedule included")
@@ -82,6 +107,27 @@ SUPERVISED = {
 }
 OF_METHOD = {
     ("is-cse", "large"): dict(alpha_start=0.005, alpha_end=0.05),  # their run scripts
+    ("sscl", "roberta-base"): dict(batch_size=64),                 # ours; BERT's as in SSCL 4.2
+    ("sscl", "roberta-large"): dict(batch_size=64, learning_rate=1e-5),            # ours
+    ("kdmcse", "base"): dict(epochs=3),                            # their run scripts
+    ("kdmcse", "roberta-base"): dict(batch_size=128),              # ours
+    ("kdmcse", "large"): dict(batch_size=64, learning_rate=1e-5, epochs=3),        # ours
+    ("twins", "roberta-base"): dict(batch_size=128, learning_rate=1e-5),   # ours
+    ("twins", "small"): dict(batch_size=128, learning_rate=1e-4),          # ours
+    ("infocse", "small"): dict(batch_size=128, annotation_quantile=0.95),  # ours
+    ("diffcse", "bert-base"): dict(learning_rate=7e-6, epochs=2),          # DiffCSE A.1
+    ("diffcse", "roberta-base"): dict(batch_size=64, learning_rate=1e-5, epochs=2, rtd_rate=0.2),
+    ("diffcse", "large"): dict(batch_size=64, learning_rate=5e-6, epochs=2),   # ours
+    ("cards", "roberta-base"): dict(batch_size=512, learning_rate=4e-5),   # their README, as below
+    ("cards", "roberta-large"): dict(batch_size=512, learning_rate=7.5e-6),
+    ("cards", "base"): dict(positives="switch-case", rate=0.05),
+    ("cards", "large"): dict(positives="switch-case-quota", rate=0.1, retrieve_from=8),
+    ("cards", "small"): dict(positives="switch-case", rate=0.05),          # ours
+    ("debcse", "base"): dict(twin_rate=0.25),                              # ours, and these
+    ("debcse", "roberta-base"): dict(batch_size=128, learning_rate=1e-5),
+    ("debcse", "large"): dict(twin_rate=0.25),
+    ("debcse", "small"): dict(batch_size=128, twin_rate=0.25),
+    ("diffcse", "small"): dict(epochs=2),                                  # ours
 }
 
 
@@ -99,7 +145,8 @@ def recipe(config: Config, *, model_type: str, width: int, columns: int) -> dict
     # SimCSE's code builds a head for [CLS] only; supervised models keep it (Table 6).
     head = "none" if config.pooling != "cls" else "keep" if supervised else "train"
     dev = "stsb" if config.test in ("sts", "stsb") else "none"
-    return {**table, **OF_METHOD.get((config.method, size), {}), "head": head, "dev": dev}
+    return {**table, **OF_METHOD.get((config.method, size), {}),
+            **OF_METHOD.get((config.method, unsupervised_size), {}), "head": head, "dev": dev}
 
 
 def resolve(given: dict, *, model_type: str, width: int, columns: int) -> Config:
@@ -173,11 +220,15 @@ def metavar(f) -> str | None:
     return None if f.metadata["choices"] else {int: "N", float: "X", str: "NAME"}[f.type]
 
 
-POSITIVE = ("temperature", "learning_rate", "clip", "smoothing_temperature", "max_tokens",
-            "epochs", "dev_every")
+POSITIVE = ("retrieve_from", "propensity_bins", "annotation_rounds", "mate_temperature",
+            "temperature", "learning_rate", "clip", "smoothing_temperature", "max_tokens", "epochs",
+            "dev_every")
 AT_LEAST_0 = ("hard_negative_weight", "mlm_weight", "weight_decay", "neighbours", "alpha_start",
-              "steps", "threads", "seed")
-SHARE = ("rate", "dropout", "mlm_rate")
+              "steps", "threads", "seed", "twins_weight", "queue_batches",
+              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved")
+UP_TO = {"twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
+         "angular_margin": 1.5}                                   # below a right angle
+SHARE = ("annotation_quantile", "rate", "dropout", "mlm_rate", "rtd_rate")
 
 
 def validate(config: Config) -> None:
@@ -188,8 +239,12 @@ def validate(config: Config) -> None:
     broken += [(name, "from 0 to below 1") for name in SHARE if not 0 <= values[name] < 1]
     if config.batch_size < 2:
         broken.append(("batch_size", "2 or more, since the others of a batch are the negatives"))
+    if config.largest_cluster < 2:
+        broken.append(("largest_cluster", "2 or more, since alone nobody has a mate"))
     if config.alpha_end < config.alpha_start:
         broken.append(("alpha_end", f"at least --alpha-start, {config.alpha_start}"))
+    broken += [(name, f"from 0 to {most}") for name, most in UP_TO.items()
+               if not 0 <= values[name] <= most]
     for name, expected in broken[:1]:
         raise ValueError(f"{dashed(name)}: expected {expected}, found {values[name]}")
 
@@ -200,7 +255,7 @@ def listing() -> str:
             f"    published average of seven STS tasks: {paper.published}" for paper in PAPERS]
     tables = {**UNSUPERVISED, **{f"{k}, supervised": v for k, v in SUPERVISED.items()}}
     tables |= {f"{size}, {method}": v for (method, size), v in OF_METHOD.items()}
-    defaults = [f"    {name}: " + " ".join(f"{dashed(k)} {v:g}" for k, v in row.items())
+    defaults = [f"    {name}: " + " ".join(f"{dashed(k)} {v}" for k, v in row.items())
                 for name, row in tables.items()]
     return "\n".join([*rows, "", "defaults by encoder (published sizes by their papers' tables):",
                       *defaults])

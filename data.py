@@ -69,6 +69,7 @@ class Corpus:
     documents: list[int] | None         # the number of each row's document, where the file tells
     sha256: str                         # of the file as it lies on the disk
     blank: int                          # lines left out because a text was missing
+    teacher: Tensor | None = None       # (N, D) what another encoder makes of each row (teacher.py)
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -317,6 +318,11 @@ class Tokenizer:
         if max_tokens is not None:
             copy.enable_truncation(max_tokens)
         return copy
+
+    @property
+    def cased(self) -> bool:
+        """Does it tell "Paris" from "paris"? Asked of itself, since names of encoders mislead."""
+        return self.whole.encode("Paris").ids != self.whole.encode("paris").ids
 
     def first_of(self, *tokens: str) -> int | None:
         known = (self.whole.token_to_id(token) for token in tokens)

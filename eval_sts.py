@@ -3,6 +3,7 @@ How good is it? Semantic textual similarity, and the shape of the embedding spac
 
     python eval_sts.py runs/mine                              # a folder, a Hub id, or mini
     python eval_sts.py bert-base-uncased --pooling first-last --verbose --json scores.json
+    python eval_sts.py runs/mine --test stsb --oversmoothing  # how alike tokens and layers are
 
 Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). A test has
 `score(encode)` and comes from `read_test`: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the
@@ -31,7 +32,7 @@ from torch import Tensor
 import data as corpora
 from docs import doc_twins
 from folders import check_vocabulary, load
-from losses import alignment, cosine, uniformity
+from losses import alignment, cosine, token_similarity, uniformity
 from model import POOLINGS, SentenceEncoder, encode
 
 Pair = tuple[str, str, float]                       # sentence, sentence, human score
@@ -165,12 +166,16 @@ class StsTest:
     tasks: dict[str, dict[str, list[Pair]]]
     geometry_of: dict[str, list[Pair]] = field(default_factory=dict)   # name of a split -> pairs
 
-    def score(self, encode: Encode) -> Result:
-        """Every sentence is encoded once, all tasks in one call."""
+    def texts(self) -> list[str]:
+        """The sentences of all tasks, each once."""
         groups = [pairs for subsets in self.tasks.values() for pairs in subsets.values()]
         groups += self.geometry_of.values()
-        texts = sorted({text for pairs in groups for left, right, _ in pairs
-                        for text in (left, right)})
+        return sorted({text for pairs in groups for left, right, _ in pairs
+                       for text in (left, right)})
+
+    def score(self, encode: Encode) -> Result:
+        """Every sentence is encoded once, all tasks in one call."""
+        texts = self.texts()
         vectors, row = encode(texts), {text: i for i, text in enumerate(texts)}   # (N, D)
 
         def sides(pairs: list[Pair]) -> tuple[Tensor, Tensor]:                    # 2 x (P, D)
@@ -211,6 +216,10 @@ class TwinTest:
     """Find the NumPy or SciPy function by its first sentence, from that of its PyTorch namesake."""
     twins: list[tuple[str, str, str]]                             # name, torch's, numpy's
 
+    def texts(self) -> list[str]:
+        """The sentences of both sides, each once."""
+        return sorted({text for _, *both in self.twins for text in both})
+
     def score(self, encode: Encode) -> Result:
         """acc@1: found first, in percent. mrr: 100 x the mean of 1 / rank."""
         _, ours, theirs = zip(*self.twins)
@@ -243,6 +252,31 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
                    {"STS-B test": read_stsb(senteval, "test"), "STS-B whole": whole})
 
 
+@torch.no_grad()
+def oversmoothing(model: SentenceEncoder, tokenizer: corpora.Tokenizer, texts: Sequence[str], *,
+                  batch_size: int = 64, max_tokens: int | None = None) -> list[dict[str, float]]:
+    """TokSim and SetSim of the embeddings and of every layer: near 1 where little is told apart.
+
+    TokSim: cosine of two tokens of a sentence, all pairs, [CLS] and [SEP] included. SetSim: of a
+    sentence's vector with that from the layer below, without the head. Means over the sentences.
+    Chen et al. 2023 (SSCL), eqs. 1 and 2; theirs are over the STS-B test set.
+    """
+    model.eval()
+    pool = POOLINGS["cls" if model.pooling == "cls" else "mean"]  # others mix layers
+    texts = sorted(texts, key=len)
+    tokens, sets = [], []
+    for start in range(0, len(texts), batch_size):
+        ids, mask = tokenizer(texts[start : start + batch_size],
+                              max_tokens=max_tokens or model.max_tokens)
+        mask = mask.to(model.encoder.words.weight.device)
+        hidden = model.encoder(ids.to(mask.device), mask)         # L + 1 x (B, T, D)
+        tokens.append(torch.stack([token_similarity(x, mask) for x in hidden], dim=1))
+        x = torch.stack([pool([x], mask) for x in hidden], dim=1)                   # (B, L + 1, D)
+        sets.append(F.cosine_similarity(x[:, 1:], x[:, :-1], dim=-1))               # (B, L)
+    tokens, sets = (torch.cat(parts).nanmean(dim=0).tolist() for parts in (tokens, sets))
+    return [{"TokSim": a, "SetSim": b} for a, b in zip(tokens, [math.nan, *sets])]
+
+
 # ---- showing --------------------------------------------------------------------------------
 
 def table(rows: dict[str, dict[str, float]]) -> str:
@@ -268,10 +302,21 @@ def report(result: Result, *, verbose: bool = False) -> str:
     return "\n\n".join(parts)
 
 
+def layer_table(layers: list[dict[str, float]]) -> str:
+    """Over-smoothing as Markdown; the embeddings have no layer below."""
+    rows = [f"| {name:>10} | {row['TokSim']:6.3f} | "
+            + (f"{row['SetSim']:6.3f} |" if math.isfinite(row["SetSim"]) else "     - |")
+            for name, row in zip(["embeddings", *range(1, len(layers))], layers)]
+    head = ["|      layer | TokSim | SetSim |", "| ---------: | -----: | -----: |"]
+    return "\n".join(head + rows)
+
+
 def plain(value):
     """JSON has no NaN or infinity: a figure that could not be computed is null there."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -322,6 +367,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="[fp32]")
     parser.add_argument("--threads", type=int, default=0, help="processor threads [all]")
     parser.add_argument("--verbose", action="store_true", help="every subset of every task")
+    parser.add_argument("--oversmoothing", action="store_true",
+                        help="how alike tokens and neighbouring layers are, layer by layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args(argv)
     for name in ("max_tokens", "batch_size"):
@@ -345,9 +392,15 @@ def main(argv: list[str] | None = None) -> None:
                                 max_tokens=args.max_tokens, precision=precision))
     print(f"{args.encoder}: {model.pooling} pooling, {args.max_tokens or model.max_tokens} tokens "
           f"at most, {args.precision}\n\n{report(result, verbose=args.verbose)}")
+    found = asdict(result)
+    if args.oversmoothing:
+        found["oversmoothing"] = oversmoothing(model, tokenizer, test.texts(),
+                                               batch_size=args.batch_size,
+                                               max_tokens=args.max_tokens)
+        print(f"\n{layer_table(found['oversmoothing'])}")
     if args.json:
         with exits(2):
-            args.json.write_text(json.dumps(plain(asdict(result)), indent=1) + "\n")
+            args.json.write_text(json.dumps(plain(found), indent=1) + "\n")
 
 
 if __name__ == "__main__":

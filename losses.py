@@ -62,6 +62,73 @@ def focal_info_nce(anchor: Tensor, candidates: Tensor, *, temperature: float = 0
     return pick_own(torch.where(own, s * s, s * (s + hardness)) / temperature, weight)
 
 
+def innate_margin(x: Tensor, changed: Tensor, *, most: float = 0.5) -> Tensor:
+    """How far a change took each text, to an encoder without dropout.    (B, D) x 2 -> (B,)
+
+        m_i = 1 - cos(x_i, changed_i), within 0 and `most`
+    """
+    return (1 - F.cosine_similarity(x, changed, dim=-1)).clamp(0, most)
+
+
+def twin_gap(anchor: Tensor, identical: Tensor, fraternal: Tensor) -> Tensor:
+    """How much closer the same text is than a changed one.    (B, D) x 3 -> (B,)
+
+        gap_i = cos(a_i, identical_i) - cos(a_i, fraternal_i)
+    """
+    return (F.cosine_similarity(anchor, identical, dim=-1)
+            - F.cosine_similarity(anchor, fraternal, dim=-1))
+
+
+def twins_loss(gap: Tensor, margin: Tensor) -> Tensor:            # (B,), (B,) -> ()
+    """How far the gap between two kinds of positives is from what it should be.
+
+        loss = mean_i (gap_i - m_i)²
+
+    Two-sided: a gap that closes costs as much as one that widens. Of cosines, not logits: divided
+    by τ, a gap would be 20 times what it is in m. In the style of IFTCL (Xiao et al. 2023): its
+    abstract promises a loss that preserves the innate margin, and this formula of it is ours.
+    """
+    return (gap - margin).square().mean()
+
+
+def detection_loss(logits: Tensor, replaced: Tensor, mask: Tensor) -> Tensor:
+    """Was this token replaced? Cross-entropy over the real tokens.   (B, T, 2), (B, T)s -> ()
+
+        loss = mean_t  -log softmax(o_t)[y_t],   y_t = 1 where the token is not the original
+
+    DiffCSE (Chuang et al. 2022). The paper writes a sum; the authors' code takes the mean, which
+    its weight λ belongs to, but over padding too: then a batch's width would change its loss.
+    """
+    return F.cross_entropy(logits[mask], replaced[mask].long())
+
+
+def nearer_negatives(cosines: Tensor, likeness: Tensor, *, angular_margin: float) -> Tensor:
+    """Cosines after every negative came nearer by an angle: the less alike, the more.
+
+        cos(θ_ij - m |1 - A_ij|)  where i != j and θ_ij > m, else cos θ_ij    (B, B)s -> (B, B)
+
+    A is the likeness a teacher sees, θ the student's angle: AdapACSE (Nguyen et al. 2024), after
+    the authors' code. The margin is in radians and on negatives; ArcFace's is on the positive.
+    Expanded as cos θ cos d + sin θ sin d, since arccos has no gradient where a cosine is 1.
+    """
+    nearer = angular_margin * (1 - likeness).abs()                # radians
+    own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
+    inside = cosines.clamp(-1 + 1e-7, 1 - 1e-7)                   # or the root has none, either
+    moved = inside * nearer.cos() + (1 - inside.square()).sqrt() * nearer.sin()
+    return torch.where((cosines < math.cos(angular_margin)) & ~own, moved, cosines)
+
+
+def angular_margin_nce(anchor: Tensor, positive: Tensor, likeness: Tensor, *,
+                       temperature: float = 0.05, angular_margin: float = 0.125,
+                       weight: Tensor | None = None) -> Tensor:
+    """InfoNCE among positives, its negatives harder where the teacher finds them less alike.
+
+    Never below InfoNCE, and equal to it where all likeness (B, B) is 1.
+    """
+    s = nearer_negatives(cosine(anchor, positive), likeness, angular_margin=angular_margin)
+    return pick_own(s / temperature, weight)
+
+
 LOSSES = {"info-nce": info_nce, "focal": focal_info_nce}
 
 
@@ -71,6 +138,20 @@ def alignment(anchor: Tensor, positive: Tensor) -> Tensor:        # (B, D), (B, 
     Wang & Isola 2020, with exponent 2; equals 2 - 2 x the mean cosine.
     """
     return (F.normalize(anchor, dim=-1) - F.normalize(positive, dim=-1)).square().sum(-1).mean()
+
+
+def token_similarity(x: Tensor, mask: Tensor) -> Tensor:          # (B, T, D), (B, T) -> (B,)
+    """Mean cosine of the m tokens of a sentence: 1 where all are alike, 0 where unrelated.
+
+        TokSim = Σ_{u != v} cos(x_u, x_v) / (m (m - 1)) = (|Σ_u x_u / |x_u||² - m) / (m (m - 1))
+
+    The measure of over-smoothing within a layer of Chen et al. 2023 (SSCL), eq. 1; the form on
+    the right needs no (T, T) cosines. NaN for a sentence of one token, which has no pair.
+    """
+    total = (F.normalize(x, dim=-1) * mask[:, :, None]).sum(dim=1)                  # (B, D)
+    m = mask.sum(dim=1)                                                             # (B,)
+    likeness = (total.square().sum(dim=-1) - m) / (m * (m - 1))
+    return likeness.where(m > 1, math.nan)
 
 
 def uniformity(x: Tensor, *, chunk: int = 1024) -> Tensor:        # (N, D) -> ()

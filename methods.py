@@ -13,17 +13,31 @@ the loss and the method are three menus (`POSITIVES`, `LOSSES`, `METHODS`) that 
 import inspect
 import math
 import random
-from collections.abc import Callable
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, islice
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
-from losses import LOSSES
-from model import SentenceEncoder
-from positives import POSITIVES, MemoryBuffer
+from data import Tokenizer, batches, encoder_folder, mask_tokens
+from eval_sts import open_encoder
+from folders import load, load_masked_lm, read_config
+from losses import (LOSSES, angular_margin_nce, cosine, detection_loss, innate_margin, twin_gap,
+                    twins_loss)
+from model import POOLINGS, Head, MaskedLMHead, Projector, SentenceEncoder, encode
+from negatives import (Words, by_chance, debiased_pairs, draw, first_texts, index, input_weight,
+                       nearest_others)
+from positives import (ANNOTATION_FIGURES, POSITIVES, Annotation, MemoryBuffer, adjusted_rand,
+                       annotate, crop, delete_words, find_documents, mate_table, repeat_words,
+                       swap_words, text_numbers)
 
 
 def bind(variant: Callable, config) -> Callable:
@@ -42,6 +56,7 @@ class Encoded:
     ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
     mask: Tensor | None = None        # (V·B, T)
     hidden: list[Tensor] | None = None   # L + 1 x (V·B, T, D); of the last layer maybe T = 1
+    bf16: bool = False                # a method's own networks compute like the encoder
 
     @property
     def anchor(self) -> Tensor:                                   # (B, D)
@@ -59,6 +74,8 @@ class SimCSE(nn.Module):
     negative.
     """
     columns_taken = (1, 2, 3)
+    reads_teacher = False             # whether it needs corpus.teacher
+    head = Head                       # between pooling and loss while training
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__()
@@ -68,6 +85,13 @@ class SimCSE(nn.Module):
 
     def prepare(self, encode: Callable, seed: int) -> None:
         """Look at the whole corpus with the present encoder, once before the first step."""
+
+    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+        """How many steps train on which rows, stretch after stretch. Usual: all on all."""
+        return [(steps, range(len(self.corpus)))]
+
+    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+        """Look at the rows of a round, after the first, with the encoder as it is by then."""
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
         """The texts of these rows: one list of B per column."""
@@ -125,7 +149,489 @@ class ISCSE(SimCSE):
         return {name: loss.item() for name, loss in self.parts.items()}
 
 
-METHODS = {"simcse": SimCSE, "is-cse": ISCSE}
+class SSCL(SimCSE):
+    """The layers below the last one make negatives, so that the last must say something else.
+
+        loss = (1 - w) · L(anchor, positives) + w · L(anchor, positives and layers L-1 ... L-M)
+
+    Chen et al. 2023. As in their code w is 1/2, and both views of every sentence count, its own
+    among them; w = 1 is eq. 4 of the paper. Nothing is detached: lower layers are trained, too.
+    """
+    columns_taken = (1, 2)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        # Pooling and head, whichever there is. As a bound method they are no parts of this module.
+        self.embed, self.parts = model.embed, {}
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        plain, weight = super().loss(out), self.config.layer_weight
+        below = out.hidden[-2 : -2 - self.config.layers_as_negatives : -1] if weight else []
+        if not below:                                             # SimCSE
+            return plain
+        below = [self.embed([x.to(out.anchor.dtype)], out.mask) for x in below]   # M x (V·B, D)
+        layered = self.loss_of(out.anchor, torch.cat([out.positive, *below]))
+        same = F.cosine_similarity(out.anchor, below[0][: len(out.anchor)]).mean()
+        self.parts = {"instance_loss": plain.detach(), "layer_loss": layered.detach(),
+                      "layer_cosine": same.detach()}
+        return (1 - weight) * plain + weight * layered
+
+    def logs(self) -> dict[str, float]:
+        """`layer_cosine`: from an anchor to its own layer L-1. Where it stays near 1, M is idle."""
+        return {name: value.item() for name, value in self.parts.items()}
+
+
+class KDMCSE(SimCSE):
+    """Negatives come nearer, the less a frozen teacher finds them alike; its likes are dropped.
+
+        loss = L(z, z') + λ/2 · Σ_v L(g(pooled view v), t(teacher))
+        L: InfoNCE with cos(θ_ij - m |1 - A_ij|) on negatives, A being the teacher's cosines
+
+    In the style of KDMCSE (Nguyen et al. 2024): margin, grounding and λ after the authors' code,
+    the direction and idea of the filter, too. Theirs has a CLIP teacher, captions and images; one
+    text encoder as teacher of plain sentences is ours, and so is the threshold `by_chance`.
+    """
+    columns_taken = (1,)
+    reads_teacher = True
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        self.pool = POOLINGS[model.pooling]
+        self.register_buffer("teacher", corpus.teacher, persistent=False)           # (N, Dt)
+        self.threshold = config.teacher_threshold or by_chance(corpus.teacher, config.seed)
+        self.student_head, self.teacher_head = (
+            nn.Sequential(nn.Linear(width, 256), nn.Tanh())
+            for width in (model.config.width, corpus.teacher.shape[1]))
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        known = self.teacher[out.rows].to(out.anchor.dtype)                         # (B, Dt)
+        alike = cosine(known, known).clamp(max=1)                                   # (B, B)
+        own = torch.eye(len(known), dtype=torch.bool, device=known.device)
+        kept = (alike <= self.threshold) | own
+        loss_of = partial(angular_margin_nce, likeness=alike, weight=kept.to(known.dtype),
+                          temperature=self.config.temperature,
+                          angular_margin=self.config.angular_margin)
+        instance = loss_of(out.anchor, out.positive)
+        self.parts = {"instance_loss": instance.detach(),
+                      "dropped_pairs": (~kept).sum() / (len(kept) ** 2 - len(kept))}
+        if not self.config.grounding_weight:
+            return instance
+        pooled = self.student_head(self.pool(out.hidden, out.mask).to(known.dtype))  # (2B, 256)
+        target = self.teacher_head(known)                                           # (B, 256)
+        grounding = sum(loss_of(view, target) for view in pooled.chunk(2)) / 2
+        self.parts["grounding_loss"] = grounding.detach()
+        return instance + self.config.grounding_weight * grounding
+
+    def logs(self) -> dict[str, float]:
+        """`dropped_pairs`: the filter's share of all negatives; well below 0.01 is usual."""
+        return {name: value.item() for name, value in self.parts.items()}
+
+
+class Twins(SimCSE):
+    """A changed text is a positive too, but stays as far off as its meaning was before training.
+
+        loss = ½ L(anchor, identical) + ½ L(anchor, fraternal) + λ(t) · twins_loss
+
+    An identical twin is the same text under another dropout mask, a fraternal one a changed text.
+    Identical twins of past batches stay on as negatives in a queue. In the style of IFTCL (Xiao,
+    Li, Chen 2023, known to us by its abstract): two kinds of positives, the innate margin and the
+    queue are theirs; formulas, text views and sizes are ours. Costs 1.5 steps of SimCSE.
+    """
+    columns_taken = (1,)
+    queue_starts = 500                # steps: before, the vectors of a batch are outdated too soon
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        # A tuple: what stands in one is no part of this module, so neither trained nor saved.
+        self.reference = open_encoder(encoder_folder(config.teacher)) if config.teacher else ()
+        self.register_buffer("margins", torch.zeros(len(corpus.columns[0])))        # (N,)
+        slots = config.queue_batches * config.batch_size
+        self.queue = MemoryBuffer(slots, model.config.width)
+        self.register_buffer("queued", torch.full((slots,), -1))                    # (M,) row or -1
+
+    def prepare(self, start: Callable, seed: int) -> None:
+        """The innate margin of every row that the run will see."""
+        if self.reference:
+            model, tokenizer = self.reference
+            ask = partial(encode, model.to(self.margins.device), tokenizer)
+        else:
+            ask = start
+            print(RAW_MARGINS.format(self.config.encoder), file=sys.stderr)
+        ask = partial(ask, max_tokens=self.config.max_tokens)     # no more than training sees
+        texts, rows = self.corpus.columns[0], rows_of_run(len(self.margins), self.config)
+        for i in tqdm(range(0, len(rows), 4096), disable=None, desc="margins", unit="chunk"):
+            some = rows[i : i + 4096]
+            margin = innate_margin(ask([texts[row] for row in some]),
+                                   ask([self.fraternal(row) for row in some]))
+            self.margins[some] = margin.to(self.margins)
+
+    def fraternal(self, row: int) -> str:
+        """The changed text of a row. It is always the same one, as its margin is."""
+        rng = random.Random(f"{self.config.seed} twin {row}")
+        change = rng.choice(FRATERNAL) if self.config.positives == "dropout" else self.view
+        return change(self.corpus.columns[0][row], rng)
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        texts = [self.corpus.columns[0][row] for row in rows]
+        return [texts, texts, [self.fraternal(row) for row in rows]]
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        anchor, identical, fraternal = out.columns
+        margin = self.margins[out.rows]                           # (B,)
+        # Empty slots, the sentence itself and, at first, the whole queue weigh nothing.
+        remembered = (self.queued >= 0) & (self.queued != out.rows[:, None])        # (B, M)
+        remembered = remembered & (out.step > self.queue_starts)
+        weight = F.pad(remembered.to(anchor.dtype), (len(anchor), 0), value=1.)     # (B, B + M)
+        contrast = sum(self.loss_of(anchor, torch.cat([twin, self.queue.rows]), weight=weight)
+                       for twin in (identical, fraternal)) / 2
+        gap = twin_gap(anchor, identical, fraternal)              # (B,)
+        twins = twins_loss(gap, margin)
+        if len(self.queued):
+            self.queue.push(identical)
+            self.queued = torch.cat([self.queued[len(anchor):], out.rows])
+        ranks = torch.stack([gap.detach(), margin]).argsort().argsort().to(gap)     # (2, B)
+        self.parts = {"contrastive_loss": contrast.detach(), "twins_loss": twins.detach(),
+                      "gap": gap.detach().mean(), "innate_margin": margin.mean(),
+                      "gap_margin_correlation": torch.corrcoef(ranks)[0, 1]}
+        ramp = min(1, out.step / (0.1 * out.steps))               # the first gaps are noise
+        return contrast + self.config.twins_weight * ramp * twins
+
+    def logs(self) -> dict[str, float]:
+        """Does the gap follow the margin? Means over the batch, and their rank correlation."""
+        return {name: value.item() for name, value in self.parts.items()}
+
+
+FRATERNAL = [partial(repeat_words, rate=0.32), partial(delete_words, rate=0.15),
+             partial(swap_words, rate=0.1), partial(crop, rate=0.3)]
+RAW_MARGINS = ("mincse.py: the innate margins come from {} as it starts; an encoder that was never "
+               "trained on sentences finds them all near 0: use --teacher with one that was")
+
+
+def rows_of_run(n: int, config) -> list[int]:
+    """The rows that training will see: all n, unless --steps ends it within the first epoch."""
+    if not 0 < config.steps < n // config.batch_size:
+        return list(range(n))
+    order = batches(n, config.batch_size, seed=config.seed, epochs=1)
+    return [row for rows in islice(order, config.steps) for row in rows]
+
+
+class DiffCSE(SimCSE):
+    """The sentence vector must also tell a second network which of the words were replaced.
+
+        loss = L(anchor, positive) + λ · detection_loss(D(edited, h), edited ≠ original)
+
+    A frozen masked LM reads the sentence with some tokens masked, and its likeliest words make
+    the edited one. D, a copy of the encoder, sees the edited sentence with h, the anchor or the
+    positive, in place of [CLS]; its gradient reaches the encoder through h. Chuang et al. 2022.
+    As in their code words are the likeliest, not drawn, and all places are read; unlike there the
+    generator has no dropout, padding has no vote and special tokens stay. A step costs 2.3 of
+    SimCSE with a generator of half the layers, about 3 with the encoder itself; memory doubles.
+    """
+    columns_taken = (1,)
+    head = Projector
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        self.discriminator = deepcopy(model.encoder)
+        self.detector = nn.Linear(model.config.width, 2)          # original or replaced?
+        self.tokenizer = Tokenizer.read(encoder_folder(config.encoder))
+        self.guess = frozen_masked_lm(config.generator or config.encoder, self.tokenizer)
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        contrast = super().loss(out)
+        self.parts = {"contrastive_loss": contrast.detach()}
+        if not self.config.rtd_weight:
+            return contrast
+        with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
+            edited = self.edit(out.ids, out.mask, out.step)                         # (2B, T)
+            logits = self.detect(edited, out.mask, torch.cat(out.columns))          # (2B, T, 2)
+        replaced = edited != out.ids                                                # (2B, T)
+        detection = detection_loss(logits.to(contrast.dtype), replaced, out.mask)
+        right = (logits.argmax(dim=-1) == replaced)[out.mask].float()               # (R,)
+        changed = replaced[out.mask].float()
+        self.parts |= {"rtd_loss": detection.detach(), "replaced": changed.mean(),
+                       "found": (right * changed).sum() / changed.sum(),
+                       "left_alone": (right * (1 - changed)).sum() / (1 - changed).sum()}
+        return contrast + self.config.rtd_weight * detection
+
+    @torch.no_grad()
+    def edit(self, ids: Tensor, mask: Tensor, step: int) -> Tensor:   # (2B, T)s -> (2B, T)
+        """The sentences as the generator reads them with some tokens masked, new at each step."""
+        seed = random.Random(f"{self.config.seed} edit {step}").getrandbits(63)
+        special = self.tokenizer.special_ids
+        masked, _ = mask_tokens(ids, mask_id=self.tokenizer.mask_id, special_ids=special,
+                                vocab_size=self.tokenizer.vocab_size, rate=self.config.rtd_rate,
+                                generator=torch.Generator(ids.device).manual_seed(seed))
+        plain = mask & ~torch.isin(ids, torch.tensor(special, device=ids.device))
+        return torch.where(plain, self.guess(masked, mask), ids)
+
+    def detect(self, edited: Tensor, mask: Tensor, h: Tensor) -> Tensor:
+        """Original or replaced, two scores a token.     (2B, T), (2B, T), (2B, D) -> (2B, T, 2)"""
+        x = self.discriminator.embed(edited, mask).with_first(h)
+        return self.detector(self.discriminator.through(x)[-1])
+
+    def logs(self) -> dict[str, float]:
+        """`replaced`: the share; `found` and `left_alone`: how often that is seen, and its lack."""
+        return {name: value.item() for name, value in self.parts.items()}
+
+
+def frozen_masked_lm(name: str, tokenizer: Tokenizer) -> Callable:
+    """Reads every word of a sentence: ids, mask -> ids. In no state.pt, as it never changes."""
+    folder = encoder_folder(name)
+    if Tokenizer.read(folder).whole.get_vocab() != tokenizer.whole.get_vocab():
+        raise ValueError(f"--generator {name}: expected the vocabulary of --encoder, found another "
+                         "one: its words would be other words there")
+    model = load(folder).eval()
+    return partial(likeliest, model, load_masked_lm(folder, model).eval())
+
+
+@torch.no_grad()
+def likeliest(model: SentenceEncoder, lm_head: MaskedLMHead, ids: Tensor, mask: Tensor) -> Tensor:
+    """The likeliest word at every real token.                     (B, T), (B, T) -> (B, T)"""
+    rows = model.to(ids.device).encoder(ids, mask)[-1][mask]      # (R, D)
+    lm_head.to(ids.device)
+    # The scores of all tokens at once would fill half a gigabyte.
+    words = [lm_head(some).argmax(dim=-1) for some in rows.split(1024)]
+    return ids.masked_scatter(mask, torch.cat(words))
+
+
+class InfoCSE(SimCSE):
+    """The encoder finds its own positives, and learns from them to find better ones.
+
+        round 0:   SimCSE on a first part of the corpus
+        round r:   cluster each document of part r with the present encoder, then train on it:
+                   the positive is the sentence itself with probability ρ, else another one, j,
+                   of its cluster, chosen by softmax_j(z_i · z_j / τ_s);
+                   no sentence is a negative of its own cluster or of an equal text
+
+    In the style of Yang et al. 2022 (arXiv 2202.13802), whose abstract has the idea: annotation
+    and representation improve each other. No more could be had, so the algorithm is ours. The
+    InfoCSE of Wu et al. 2022 is another.
+    """
+    columns_taken = (1,)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        lines, K = corpus.columns[0], config.largest_cluster - 1
+        self.documents = find_documents(lines, corpus.documents)
+        self.document = [number for number, rows in enumerate(self.documents) for _ in rows]
+        few = min(2000, math.ceil(len(self.documents) / 10))
+        self.probe = random.Random(config.seed).sample(range(len(self.documents)), few)
+        self.register_buffer("text", text_numbers(lines), persistent=False)         # (N,)
+        self.register_buffer("cluster", torch.arange(len(lines)))                   # (N,)
+        self.register_buffer("mates", torch.zeros(len(lines), K, dtype=torch.int32))   # (N, K)
+        self.register_buffer("chance", torch.zeros(len(lines), K))                  # (N, K)
+        self.register_buffer("annotations", torch.tensor(0))
+        self.register_buffer("figures", torch.full((len(ANNOTATION_FIGURES) + 1,), math.nan))
+
+    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+        """Documents in random order, in every pass another, cut into parts of as many steps."""
+        batch, count = self.config.batch_size, min(self.config.annotation_rounds + 1, steps)
+        rows, passes = [], 0
+        while len(rows) < steps * batch:
+            shuffled = random.Random(f"{self.config.seed} {passes}")
+            rows += chain(*shuffled.sample(self.documents, len(self.documents)))
+            passes += 1
+        ends = [steps * part // count for part in range(count + 1)]
+        return [(end - begin, rows[begin * batch : end * batch])
+                for begin, end in zip(ends, ends[1:])]
+
+    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+        """Annotate the documents of these rows, and some that show how much has changed."""
+        if self.config.annotator == "frozen":                     # all, once and for all
+            if self.annotations:
+                return
+            rows = range(len(self.corpus))
+        chosen = sorted({self.document[row] for row in rows} | set(self.probe))
+        found = annotate(self.corpus.columns[0], [self.documents[n] for n in chosen], encode,
+                         quantile=self.config.annotation_quantile,
+                         largest=self.config.largest_cluster, seed=self.config.seed)
+        probe = [row for number in self.probe for row in self.documents[number]]
+        before = self.cluster[probe]
+        self.remember(found)
+        same = adjusted_rand(before, self.cluster[probe]) if self.annotations else math.nan
+        self.annotations += 1
+        self.figures.copy_(torch.tensor([*found.figures(), same]))
+
+    def remember(self, found: Annotation) -> None:
+        """What training reads of an annotation; one with hardly any mates leaves SimCSE."""
+        rows, device = list(found.cluster), self.cluster.device
+        if found.coverage < 0.01:
+            warnings.warn(f"infocse: only {found.coverage:.2%} of the sentences found a mate, so "
+                          "this round is SimCSE: try a lower --annotation-quantile")
+            found = Annotation(found.threshold, dict(zip(rows, rows)), [])
+        mates, chance = mate_table(found.pairs, rows, width=self.mates.shape[1],
+                                   temperature=self.config.mate_temperature)
+        self.cluster[rows] = torch.tensor(list(found.cluster.values()), device=device)
+        self.mates[rows] = mates.to(device)
+        self.chance[rows] = chance.to(self.chance)
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        anchors, positives = super().views(rows, rng)
+        known = zip(self.mates[rows].tolist(), self.chance[rows].tolist())
+        for i, (mates, chance) in enumerate(known):
+            if any(chance) and rng.random() >= self.config.twin_rate:
+                positives[i] = self.corpus.columns[0][rng.choices(mates, chance)[0]]
+        return [anchors, positives]
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        same = [x[out.rows, None] == x[out.rows] for x in (self.cluster, self.text)]   # (B, B)s
+        own = torch.eye(len(out.rows), dtype=torch.bool, device=out.rows.device)
+        weight = (own | ~(same[0] | same[1])).to(out.anchor.dtype)
+        return self.loss_of(out.anchor, out.positive, weight=weight)
+
+    def logs(self) -> dict[str, float]:
+        """`agreement`: adjusted Rand index with the clusters of the round before."""
+        values = zip((*ANNOTATION_FIGURES, "agreement"), self.figures.tolist())
+        return {name: value for name, value in values if not math.isnan(value)}
+
+
+class CARDS(SimCSE):
+    """The positive may begin a word in the other case; near sentences of the corpus are negatives.
+
+        loss = L(anchor, positives and what every anchor of the batch retrieved)
+
+    Wang et al. 2022. Each anchor draws s of its K nearest sentences, found once, before training,
+    by the mean token of the encoder as it was given. They are encoded with the batch, with
+    gradient and in their own case; `--hard-negative-weight` is e^β on the own ones. Sentences
+    equal but for case are one, and none counts for an anchor that it equals. After the authors'
+    code; K is without the sentence itself, which their 65 and 9 include. Costs 1.5 steps of SimCSE.
+    """
+    columns_taken = (1,)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        self.number, self.parts = text_numbers(corpus.columns[0]).tolist(), {}   # row -> its text
+        self.texts = first_texts(corpus.columns[0], self.number)
+        if config.retrieved and config.retrieve_from >= len(self.texts):
+            raise ValueError(f"--retrieve-from {config.retrieve_from}: expected at most "
+                             f"{len(self.texts) - 1}, as {config.corpus} has {len(self.texts)} "
+                             "different sentences: give a lower one, or a larger corpus")
+        nearest = torch.zeros(len(self.texts), config.retrieve_from, dtype=torch.int32)
+        self.register_buffer("nearest", nearest)                  # (N, K)
+
+    def prepare(self, encode: Callable, seed: int) -> None:
+        """Find the K nearest of every sentence. Costs one encoding of all, and 2·N²·D."""
+        if self.config.retrieved:
+            vectors = index(partial(encode, pooling="mean", max_tokens=self.config.max_tokens),
+                            self.texts)
+            print(INDEX.format(vectors.nbytes / 1e6, self.nearest.nbytes / 1e6), file=sys.stderr)
+            self.nearest.copy_(nearest_others(vectors, self.nearest.shape[1],
+                                              device=self.nearest.device))
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        near = self.nearest[[self.number[row] for row in rows]].tolist()            # B x K
+        drawn = draw(near, self.config.retrieved, rng)
+        return super().views(rows, rng) + [[self.texts[i] for i in column] for column in drawn]
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        batch, (anchor, positive, *retrieved) = len(out.anchor), out.columns
+        if not retrieved:
+            return super().loss(out)
+        weight = input_weight(out.ids[:batch], out.ids[2 * batch :],
+                              alpha=self.config.hard_negative_weight)
+        own = torch.stack([F.cosine_similarity(anchor, column) for column in retrieved])
+        self.parts = {"retrieved_cosine": own.mean().detach()}
+        return self.loss_of(anchor, torch.cat([positive, *retrieved]), weight=weight)
+
+    def logs(self) -> dict[str, float]:
+        """The cosine to the own retrieved negatives: soon falls, or something is wrong."""
+        return {name: value.item() for name, value in self.parts.items()}
+
+
+INDEX = ("mincse.py: the index of all sentences needs {:.0f} MB while it is searched, the table of "
+         "neighbours {:.0f} MB")
+
+
+class DebCSE(SimCSE):
+    """Pairs are drawn against the habits of the rules that propose them.
+
+        loss = InfoNCE(anchor; x+ ~ p+, x- ~ p-) without the likely false negatives among the x+
+        p_c ∝ r_c / max(e(surface of c), e_min)
+        r+ = sem if sem >= θ+,   r- = 1 - sem if sem <= θ-
+
+    Rewritten texts share most words with their source, random ones hardly any: dividing by the
+    probability e that a rule proposes such a surface lets the rare ones come up as well. `sem` is
+    the cosine that a frozen reference sees. In the style of DebCSE (Miao, Du, Zhang 2023): that
+    pairs are chosen so, by surface and meaning, is in its abstract; all formulas are ours. Costs
+    1.5 steps of SimCSE.
+    """
+    columns_taken = (1,)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        n, self.parts = len(corpus.columns[0]), {}
+        folder = encoder_folder(config.teacher) if config.teacher else None
+        width = read_config(folder).width if folder else model.config.width
+        own = torch.arange(n, dtype=torch.int32).repeat(config.epochs, 1)
+        self.register_buffer("positives", own)                    # (E, N) numbers, see `text`
+        self.register_buffer("negatives", own.roll(1, dims=1))    # (E, N) rows
+        self.register_buffer("limit", torch.ones(()))             # θ-
+        self.register_buffer("reference", torch.zeros(n, width).half())             # (N, Dr)
+        self.register_buffer("of_positives", torch.zeros(config.epochs * n, width).half())
+
+    def prepare(self, start: Callable, seed: int) -> None:
+        """Draw E pairs a row. Costs 5 encodings of all, 2·N²·D, 60 to 110 edit distances a row."""
+        texts, most = self.corpus.columns[0], self.config.max_tokens
+        every = [self.text(number) for number in range((1 + len(REWRITINGS)) * len(texts))]
+        vectors = index(partial(self.ask(start), max_tokens=most), every)           # (5N, Dr)
+        words = Words.of(every, most=most)
+        pairs = debiased_pairs(texts, vectors, words, documents=self.corpus.documents,
+                               bins=self.config.propensity_bins, twin_rate=self.config.twin_rate,
+                               count=self.config.epochs, seed=seed, device=self.limit.device)
+        print(f"mincse.py: {pairs.report}", file=sys.stderr)
+        self.positives.copy_(pairs.positives.T)
+        self.negatives.copy_(pairs.negatives.T)
+        self.limit.fill_(pairs.limit)
+        self.reference.copy_(vectors[: len(texts)])
+        self.of_positives.copy_(vectors[pairs.positives.T.flatten()])
+
+    def ask(self, start: Callable) -> Callable:
+        """The reference that judges meaning: the teacher, else the encoder before its training."""
+        if self.config.teacher:
+            model, tokenizer = open_encoder(encoder_folder(self.config.teacher))
+            return partial(encode, model.to(self.limit.device), tokenizer)
+        print(RAW_REFERENCE.format(self.config.encoder), file=sys.stderr)
+        return partial(start, pooling=self.config.pooling)
+
+    def text(self, number: int) -> str:
+        """Row i is number i, its rewriting s is number s·N + i, made anew when it is asked for."""
+        texts = self.corpus.columns[0]
+        rewriting, row = divmod(number, len(texts))
+        if not rewriting:
+            return texts[row]
+        return REWRITINGS[rewriting - 1](texts[row], random.Random(f"{self.config.seed} {number}"))
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        """All columns come from `prepare`; the batch itself tells which of the E draws it takes."""
+        drawn = sum(rows) % len(self.positives)
+        return [[self.text(number) for number in column.tolist()] for column in (
+            torch.tensor(rows), self.positives[drawn][rows], self.negatives[drawn][rows])]
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        batch, n = len(out.anchor), len(self.reference)
+        drawn = out.rows.sum() % len(self.positives) * n + out.rows                 # (B,)
+        alike = cosine(self.reference[out.rows].float(), self.of_positives[drawn].float())
+        false = (alike > self.limit).fill_diagonal_(False)                          # (B, B)
+        weight = own_hard_negative(batch, self.config.hard_negative_weight).to(alike.device)
+        weight[:, :batch].masked_fill_(false, 0)
+        self.parts = {"false_negatives": false.sum() / (batch * (batch - 1))}
+        candidates = torch.cat(out.columns[1:])                                     # (2B, D)
+        return self.loss_of(out.anchor, candidates, weight=weight[:, : len(candidates)])
+
+    def logs(self) -> dict[str, float]:
+        """`false_negatives`: the share of the other positives of a batch that was left out."""
+        return {name: value.item() for name, value in self.parts.items()}
+
+
+# Synonyms, which the dossier has, too, need a dictionary that few machines have.
+REWRITINGS = [partial(repeat_words, rate=0.32), partial(delete_words, rate=0.2)] * 2
+RAW_REFERENCE = ("mincse.py: WARNING: meaning is judged by {} as it starts; debcse needs one "
+                 "trained on sentences: use --teacher with one, such as a simcse run")
+
+
+METHODS = {"simcse": SimCSE, "is-cse": ISCSE, "infocse": InfoCSE, "sscl": SSCL, "kdmcse": KDMCSE,
+            "twins": Twins, "diffcse": DiffCSE, "cards": CARDS, "debcse": DebCSE}
 
 
 @dataclass(frozen=True)
@@ -153,11 +659,32 @@ PAPERS = [
     Paper("--method is-cse", "positives smoothed over neighbours in a memory buffer",
           "He, Zhang, Lan, Zhang: IS-CSE. AAAI 2023, arXiv 2305.07424",
           "BERT-base 78.30, -large 79.47; RoBERTa-base 77.73, -large 79.42"),
+    Paper("--method infocse", "the model annotates its own positives, inside documents",
+          "Yang, Liu, Xiao, Lian, Wu, Lian, Sun, Xie: arXiv 2202.13802",
+          "none verified; the algorithm is ours, after the abstract"),
+    Paper("--method sscl", "lower layers as negatives, against over-smoothing",
+          "Chen, Shou, Pei, Gong, Cao, Chang, Li, Jiang: SSCL. ACL 2023, arXiv 2305.06154",
+          "BERT-base 77.90, -large 79.69 (the means of its own rows: 77.75, 79.59)"),
+    Paper("--method kdmcse --teacher ENCODER", "a teacher's likeness sets the margin of a negative",
+          "Nguyen, Nguyen, Wu, Luu: KDMCSE. NAACL 2024, arXiv 2403.17486",
+          "none on text alone: theirs are with images and captions"),
+    Paper("--method twins --teacher ENCODER", "changed texts are positives that keep their margin",
+          "Xiao, Li, Chen: Identical and Fraternal Twins. arXiv 2307.10932",
+          "none verified; the formulas are ours, after the abstract"),
+    Paper("--method diffcse", "the sentence vector tells which words were replaced",
+          "Chuang, Dangovski, Luo et al.: DiffCSE. NAACL 2022, arXiv 2204.10298",
+          "BERT-base 78.49; RoBERTa-base 78.21 (with distilled masked LMs as --generator)"),
+    Paper("--method cards", "case-switched positives, nearest sentences as negatives",
+          "Wang, Ge, Zhang, Yang: CARDS. SIGIR 2022, arXiv 2206.02457",
+          "RoBERTa-base 78.83, -large 80.84 (their released models; none for BERT)"),
+    Paper("--method debcse --teacher ENCODER", "pairs drawn by inverse propensity, against bias",
+          "Miao, Du, Zhang: DebCSE. CIKM 2023, arXiv 2309.07396",
+          "BERT-base 80.33 (theirs; the formulas here are ours, after the abstract)"),
 ]
 
 
-def check(config, columns: int) -> None:
-    """Refuse a combination that makes no sense for a corpus of that many columns."""
+def check(config, columns: int, *, layers: int | None = None) -> None:
+    """Refuse what makes no sense for a corpus of so many columns, an encoder of so many layers."""
     taken = METHODS[config.method].columns_taken
     if columns not in taken:
         raise ValueError(f"--method {config.method} takes a corpus of "
@@ -171,6 +698,17 @@ def check(config, columns: int) -> None:
                          f"brings its own ({columns} columns): use --positives dropout")
     if config.method == "is-cse":
         check_buffer(config)
+    if config.head == "keep" and METHODS[config.method].head is not Head:
+        raise ValueError(f"--head keep: the head of --method {config.method} serves training only: "
+                         "use --head train")
+    if config.method == "sscl":
+        check_layers(config, layers)
+    if config.method == "cards":
+        check_retrieval(config)
+    if config.method == "debcse" and config.positives != "dropout":
+        raise ValueError(f"--method debcse draws positives of its own, found --positives "
+                         f"{config.positives}: use --positives dropout")
+    check_teacher(config)
 
 
 def check_buffer(config) -> None:
@@ -178,3 +716,33 @@ def check_buffer(config) -> None:
     if not max(config.batch_size, config.neighbours + 1) <= config.buffer_size:
         raise ValueError(f"--buffer-size {config.buffer_size} must be at least the batch size "
                          f"({config.batch_size}) and more than --neighbours ({config.neighbours})")
+
+
+def check_retrieval(config) -> None:
+    """CARDS draws its negatives without repeats."""
+    if config.retrieved > config.retrieve_from:
+        raise ValueError(f"--retrieved {config.retrieved} must be at most --retrieve-from "
+                         f"({config.retrieve_from}), of which they are drawn")
+
+
+def check_layers(config, layers: int | None) -> None:
+    """SSCL's negatives are layers: not the last, which makes the anchors, nor the embeddings."""
+    if layers is not None and config.layers_as_negatives >= layers:
+        raise ValueError(f"--layers-as-negatives: expected at most {layers - 1}, since "
+                         f"{config.encoder} has {layers} layers and the last one makes the "
+                         f"anchors, found {config.layers_as_negatives}")
+
+
+def check_teacher(config) -> None:
+    """KDMCSE learns from a teacher, with a loss of its own; most other methods take none."""
+    if config.method != "kdmcse":
+        if config.teacher and config.method not in ("twins", "debcse"):
+            raise ValueError(f"--teacher {config.teacher}: --method {config.method} does not "
+                             "learn from one: use --method kdmcse, or leave it out")
+        return
+    if not config.teacher:
+        raise ValueError("--method kdmcse learns from a teacher: give --teacher a file of vectors "
+                         "(.npy, .safetensors), an encoder's folder, a Hub id, or mini")
+    if config.loss != "info-nce":
+        raise ValueError(f"--method kdmcse has its own loss, InfoNCE with a margin on negatives, "
+                         f"found --loss {config.loss}: use --loss info-nce")

@@ -42,7 +42,8 @@ from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pi
 from folders import load, load_masked_lm, save
 from losses import alignment, cosine, uniformity
 from methods import METHODS, Encoded, SimCSE, check
-from model import Head, MaskedLMHead, SentenceEncoder, encode
+from model import MaskedLMHead, SentenceEncoder, encode
+from teacher import read_teacher
 
 LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
 
@@ -68,9 +69,7 @@ class Batch:
 def make_batches(method: SimCSE, tokenizer: data.Tokenizer, config: Config, *, steps: int,
                  first: int) -> Iterator[Batch]:
     """The batches of steps first..steps. Each is a function of seed and step: nothing to save."""
-    n = len(method.corpus)
-    epochs = -(-steps // (n // config.batch_size))
-    order = data.batches(n, config.batch_size, seed=config.seed, epochs=epochs)
+    order = row_order(method, config, steps)
     for step, rows in enumerate(islice(order, first - 1, steps), start=first):
         columns = method.views(rows, random.Random(f"{config.seed} {step}"))
         ids, mask = tokenizer([text for column in columns for text in column],
@@ -83,6 +82,15 @@ def make_batches(method: SimCSE, tokenizer: data.Tokenizer, config: Config, *, s
                 generator=torch.Generator().manual_seed(step_seed(config, step)))
             batch = replace(batch, masked=masked, labels=labels)
         yield batch
+
+
+def row_order(method: SimCSE, config: Config, steps: int) -> Iterator[list[int]]:
+    """The rows of every step: those of its round in random order, anew in every pass over them."""
+    for count, rows in method.rounds(steps):
+        epochs = -(-count // (len(rows) // config.batch_size))
+        order = data.batches(len(rows), config.batch_size, seed=config.seed, epochs=epochs)
+        for places in islice(order, count):
+            yield [rows[place] for place in places]
 
 
 def step_seed(config: Config, step: int) -> int:
@@ -116,7 +124,7 @@ def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Itera
             extra = (config.mlm_weight * masked_lm_loss(model, parts["lm_head"], batch)
                      if config.mlm_weight else 0)
         out = Encoded(list(vectors.chunk(batch.columns)), step, steps, batch.rows, batch.ids,
-                      batch.mask, hidden)
+                      batch.mask, hidden, bf16)
         loss = method.loss(out) + extra
 
         optimizer.zero_grad()
@@ -170,8 +178,11 @@ def read_inputs(given: dict) -> Inputs:
         doctor = data.doctor(corpus, tokenizer, max_tokens=config.max_tokens)
     with exits(2):
         settings.validate(config)
-        check(config, len(corpus.columns))
+        check(config, len(corpus.columns), layers=model.config.layers)
         check_fit(config, len(corpus), model.config.usable_positions)
+    if METHODS[config.method].reads_teacher:
+        with exits(3):
+            corpus = replace(corpus, teacher=read_teacher(config.teacher, corpus, device))
     return Inputs(corpus, tokenizer, folder, dev, test, config, doctor, device)
 
 
@@ -215,7 +226,8 @@ def build(inputs: Inputs, config: Config) -> Job:
     if config.mlm_weight:
         parts["lm_head"] = load_masked_lm(inputs.folder, model)
     if config.head != "none":
-        model.head, model.keep_head = Head(width), config.head == "keep"
+        model.head = parts["method"].head(width)
+        model.keep_head = config.head == "keep"
     parts.to(inputs.device)
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=config.weight_decay, fused=True)
     per_epoch = len(inputs.corpus) // config.batch_size
@@ -257,11 +269,27 @@ class Stop:
                 signal.signal(number, handler)
 
 
+def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
+    """The batches of steps first.. made early, but none of a round before its `refresh`.
+
+    A run that goes on in the middle of a round finds what `refresh` left in its state.
+    """
+    method, tokenizer, begin = job.parts["method"], job.inputs.tokenizer, 1
+    for count, rows in method.rounds(job.steps):
+        end = begin + count                                       # the next round's first step
+        if 1 < begin and first <= begin:
+            method.refresh(job.encode, rows)
+        if first < end:
+            now = max(first, begin)
+            batches = make_batches(method, tokenizer, job.config, steps=job.steps, first=now)
+            yield from data.ahead(islice(batches, end - now))
+        begin = end
+
+
 def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
     """Train to the end or to a signal; the best model so far is always on disk in `folder`."""
     config, steps = job.config, job.steps
-    batches = data.ahead(make_batches(job.parts["method"], job.inputs.tokenizer, config,
-                                      steps=steps, first=state.step + 1))
+    batches = batches_by_round(job, first=state.step + 1)
     log = runs.Log(folder, config.batch_size)
     loop = train(job.parts, job.optimizer, batches, config, steps=steps, first=state.step + 1,
                  device=job.inputs.device, bf16=job.bf16)
@@ -363,8 +391,10 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> 
 
 def dry_run(inputs: Inputs) -> str:
     """Three steps, one dev score, a save and a reload: what can break has broken by then."""
-    job = build(inputs, inputs.config)
-    batches = make_batches(job.parts["method"], inputs.tokenizer, inputs.config, steps=3, first=1)
+    with exits(3):
+        job = build(inputs, inputs.config)
+    job.parts["method"].prepare(job.encode, inputs.config.seed)
+    batches = islice(batches_by_round(job, first=1), 3)
     loop = train(job.parts, job.optimizer, batches, inputs.config, steps=job.steps, first=1,
                  device=inputs.device, bf16=job.bf16)
     stamps = [time.perf_counter()]
@@ -419,6 +449,9 @@ def main(argv: list[str] | None = None) -> None:
     seeds = given.pop("seeds", None)
     inputs = read_inputs(given)
     print("\n".join(data.doctor_lines(inputs.doctor)), file=sys.stderr)
+    if inputs.config.positives.startswith("switch-case") and not inputs.tokenizer.cased:
+        print(f"mincse.py: NOTICE: --positives {inputs.config.positives} is off: to the uncased "
+              f"tokenizer of {inputs.config.encoder} both cases are the same", file=sys.stderr)
     if options["dry_run"]:
         return print(dry_run(inputs))
     folder = Path(inputs.config.out) if inputs.config.out else runs.default_folder(inputs.config)

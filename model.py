@@ -81,11 +81,19 @@ class Tokens:
         empty = rows.new_zeros(self.mask.numel(), rows.shape[1])
         return empty.index_copy(0, self.places, rows).unflatten(0, self.mask.shape)
 
+    def starts(self) -> Tensor:                                   # -> (B,)
+        """Where each sentence begins in the block."""
+        lengths = self.mask.sum(dim=1)
+        return lengths.cumsum(0) - lengths
+
     def first(self) -> "Tokens":
         """The first token of every sentence, alone: T is 1."""
-        lengths = self.mask.sum(dim=1)                            # (B,)
-        rows = self.rows[lengths.cumsum(0) - lengths]             # (B, D)
+        rows = self.rows[self.starts()]                           # (B, D)
         return Tokens(rows, torch.arange(len(rows), device=rows.device), self.mask[:, :1])
+
+    def with_first(self, x: Tensor) -> "Tokens":                  # (B, D)
+        """The same tokens with other vectors in place of the first of every sentence."""
+        return replace(self, rows=self.rows.index_copy(0, self.starts(), x.to(self.rows.dtype)))
 
 
 class SelfAttention(nn.Module):
@@ -150,6 +158,10 @@ class Encoder(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, *,
                 first_only: bool = False) -> list[Tensor]:         # (B, T), (B, T) -> (B, T, D)s
         """With `first_only` the last layer is computed for the first token alone: (B, 1, D)."""
+        return self.through(self.embed(ids, mask), first_only=first_only)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tokens:         # (B, T), (B, T) -> R tokens
+        """What goes into the first layer: word, position and type, normalized."""
         T, most = ids.shape[1], self.config.usable_positions
         if T > most:
             raise ValueError(f"expected at most {most} tokens a sentence, found {T}; "
@@ -158,7 +170,10 @@ class Encoder(nn.Module):
         # Type 0 marks the first of an input's sentences, which is the only one here.
         x = self.words(ids) + self.types.weight[0] + positions                    # (B, T, D)
         places = mask.flatten().nonzero()[:, 0]                                   # (R,)
-        x = Tokens(self.dropout(self.norm(x.flatten(0, 1)[places])), places, mask)
+        return Tokens(self.dropout(self.norm(x.flatten(0, 1)[places])), places, mask)
+
+    def through(self, x: Tokens, *, first_only: bool = False) -> list[Tensor]:
+        """The hidden states from given embeddings on: L + 1 x (B, T, D)."""
         hidden = [x.unpack(x.rows)]
         for layer in self.layers:
             last = layer is self.layers[-1]
@@ -203,6 +218,18 @@ class Head(nn.Linear):
         return super().forward(x).tanh()
 
 
+class Projector(nn.Sequential):
+    """The head of DiffCSE: two linear maps with batch normalization, which needs no bias.
+
+    Chuang et al. 2022, appendix A.1. The means are those of all views of a batch together.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(nn.Linear(width, 2 * width, bias=False), nn.BatchNorm1d(2 * width),
+                         nn.ReLU(), nn.Linear(2 * width, width, bias=False),
+                         nn.BatchNorm1d(width, affine=False))
+
+
 class SentenceEncoder(nn.Module):
     """One vector a sentence: encoder, pooling and, in training, a head.
 
@@ -211,7 +238,7 @@ class SentenceEncoder(nn.Module):
     `files` are those that go unchanged from the folder read to the folder written.
     """
 
-    def __init__(self, encoder: Encoder, *, pooling: str = "mean", head: Head | None = None,
+    def __init__(self, encoder: Encoder, *, pooling: str = "mean", head: nn.Module | None = None,
                  keep_head: bool = False, normalize: bool = False, max_tokens: int | None = None,
                  files: dict[str, bytes] | None = None):
         super().__init__()
@@ -224,7 +251,7 @@ class SentenceEncoder(nn.Module):
         return self.embed(self.layers(ids, mask), mask)
 
     def layers(self, ids: Tensor, mask: Tensor) -> list[Tensor]:  # -> L + 1 x (B, T, D)
-        """The hidden states, as far as the pooling reads them: [CLS] needs one token of the last."""
+        """The hidden states, as far as the pooling reads them: one token of the last for [CLS]."""
         return self.encoder(ids, mask, first_only=self.pooling == "cls")
 
     def embed(self, hidden: list[Tensor], mask: Tensor) -> Tensor:
@@ -238,10 +265,12 @@ class SentenceEncoder(nn.Module):
 @torch.no_grad()
 def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str], *,
            batch_size: int = 64, max_tokens: int | None = None,
-           precision: torch.dtype = torch.float32) -> Tensor:     # N sentences -> (N, D)
+           precision: torch.dtype = torch.float32,
+           pooling: str | None = None) -> Tensor:                 # N sentences -> (N, D)
     """The vectors of sentences, in their order, without dropout: float32, on the CPU.
 
     Equal sentences are encoded once, and those of like length together: that is little padding.
+    With `pooling` given, it is what the bare encoder makes of them, whatever head the model has.
     """
     unique = sorted(dict.fromkeys(sentences), key=len, reverse=True)
     device, was_training = next(model.parameters()).device, model.training
@@ -253,7 +282,9 @@ def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str]
             for start in range(0, len(unique), batch_size):
                 ids, mask = tokenizer(unique[start : start + batch_size],
                                       max_tokens=max_tokens or model.max_tokens)
-                vectors.append(model(ids.to(device), mask.to(device)).float())
+                ids, mask = ids.to(device), mask.to(device)
+                vectors.append((POOLINGS[pooling](model.encoder(ids, mask), mask) if pooling
+                                else model(ids, mask)).float())
     finally:
         model.train(was_training)
     row = {sentence: i for i, sentence in enumerate(unique)}

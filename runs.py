@@ -240,8 +240,9 @@ def as_markdown(config: Config, results: dict) -> str:
 
 def experiment(config: Config) -> str:
     """What was done, in one line."""
-    return (f"{config.method} with {config.loss} and {config.positives}, from {config.encoder} on "
-            f"{config.corpus}, test {config.test}")
+    taught = f" taught by {config.teacher}" if config.teacher else ""
+    return (f"{config.method} with {config.loss} and {config.positives}{taught}, from "
+            f"{config.encoder} on {config.corpus}, test {config.test}")
 
 
 def model_card(folder: Path, config: Config, text: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -48,3 +49,39 @@ def pairs(tmp_path_factory) -> Path:
     path.write_text("the dog runs\ta dog runs home\t4.8\nmy owl sees us\tan owl looks at us\t4.2\n"
                     "one bee digs\ther cow waits\t1.5\nno ant sleeps\ta fox reads books\t0.3\n")
     return path
+
+
+@pytest.fixture
+def program(tiny, sentences, pairs, tmp_path, monkeypatch):
+    """Runs mincse.py in this process on the tiny things: program(steps=3, ...) -> its folder."""
+    import mincse
+
+    def run(*flags, out="run", **settings) -> Path:
+        settings = {"encoder": tiny, "corpus": sentences, "test": pairs, "batch_size": 8,
+                    "steps": 4, "out": tmp_path / out} | settings
+        argv = [text for name, value in settings.items()
+                for text in ("--" + name.replace("_", "-"), str(value))]
+        monkeypatch.setattr(sys, "argv", ["mincse.py", *argv, *flags])
+        mincse.main([*argv, *flags])
+        return tmp_path / out
+    return run
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """stopped(step, run, ...): runs it, and a SIGINT comes when that step has been taken."""
+    import runs
+
+    def stop(step, run, *flags, **settings) -> int:
+        add, taken = runs.Log.add, []
+
+        def add_and_stop(log, loss):
+            taken.append(loss)
+            if len(taken) == step:
+                signal.raise_signal(signal.SIGINT)
+            add(log, loss)
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(runs.Log, "add", add_and_stop)
+            run(*flags, **settings)
+        return ended.value.code
+    return stop

@@ -18,9 +18,10 @@ from model import Encoder, EncoderConfig, SentenceEncoder
 class Texts:
     """As much of a corpus as a method looks at."""
     columns: list[list[str]]
+    documents: list[int] | None = None
 
 
-SENTENCES = Texts([["a dog runs", "a cat sleeps", "an owl sees", "an elk walks"]])
+SENTENCES = Texts([["a dog runs", "a cat sleeps", "an owl sees", "an elk walks"]], [0, 0, 1, 1])
 TRIPLES = Texts([[f"{side} {i}" for i in range(4)] for side in ("premise", "entailed", "denied")])
 SMALL = Config(batch_size=2, buffer_size=4, neighbours=2)
 
@@ -178,7 +179,8 @@ def test_a_buffer_smaller_than_a_batch_is_refused():
         1, method="is-cse", batch_size=5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+# The other methods need layers, a teacher, tokens or neighbours: their own tests walk the menus.
+@pytest.mark.parametrize("name", ["simcse", "is-cse", "infocse"])
 @pytest.mark.parametrize("loss", methods.LOSSES)
 @pytest.mark.parametrize("positives", methods.POSITIVES)
 def test_every_combination_of_the_menus_gives_a_loss_with_a_gradient(name, loss, positives):
@@ -186,7 +188,7 @@ def test_every_combination_of_the_menus_gives_a_loss_with_a_gradient(name, loss,
     check(built.config, columns=1)
     columns = [x.requires_grad_() for x in random_columns()]
     assert len(built.views([0, 1], random.Random(0))) == 2
-    built.loss(Encoded(columns, 1, 9)).backward()
+    built.loss(Encoded(columns, 1, 9, torch.tensor([0, 1]))).backward()
     assert all(x.grad.isfinite().all() and x.grad.any() for x in columns)
 
 

@@ -29,20 +29,6 @@ from model import Head
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def train(tiny, sentences, pairs, tmp_path, monkeypatch):
-    """Runs the program in this process: train(steps=3, ...) -> its folder."""
-    def run(*flags, out="run", encoder=tiny, **settings):
-        settings = {"encoder": encoder, "corpus": sentences, "test": pairs, "batch_size": 8,
-                    "steps": 4, "out": tmp_path / out} | settings
-        argv = [text for name, value in settings.items()
-                for text in ("--" + name.replace("_", "-"), str(value))]
-        monkeypatch.setattr(sys, "argv", ["mincse.py", *argv, *flags])
-        mincse.main([*argv, *flags])
-        return tmp_path / out
-    return run
-
-
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -196,15 +182,15 @@ def test_with_no_token_masked_the_term_is_zero_and_not_nan(tiny_lm, sentences):
     assert mincse.masked_lm_loss(parts["model"], head, batch).item() == 0
 
 
-def test_a_run_with_the_term_ends_in_the_same_kind_of_folder(train, tiny_lm):
-    folder = train(encoder=tiny_lm, mlm_weight=.1)
+def test_a_run_with_the_term_ends_in_the_same_kind_of_folder(program, tiny_lm):
+    folder = program(encoder=tiny_lm, mlm_weight=.1)
     assert not any("cls" in name or "lm_head" in name for name in weights(folder))
 
 
 # ---- a run and its folder -------------------------------------------------------------------
 
-def test_a_run_leaves_a_folder_that_explains_itself(train, sentences):
-    folder = train(steps=12)
+def test_a_run_leaves_a_folder_that_explains_itself(program, sentences):
+    folder = program(steps=12)
     assert {path.name for path in folder.iterdir()} >= {
         "config.json", "model.safetensors", "tokenizer.json", "modules.json", "1_Pooling",
         "sentence_bert_config.json", "config_sentence_transformers.json", "README.md", "args.json",
@@ -216,21 +202,21 @@ def test_a_run_leaves_a_folder_that_explains_itself(train, sentences):
         env["torch"] == torch.__version__)
 
 
-def test_results_hold_the_scores_before_and_after_with_the_same_pooling(train):
-    results = json.loads((train() / "results.json").read_text())
+def test_results_hold_the_scores_before_and_after_with_the_same_pooling(program):
+    results = json.loads((program() / "results.json").read_text())
     assert set(results["test"]) == set(results["before"]) == {"pairs", "avg"}
     assert results["steps"] == results["best_step"] == 4
 
 
-def test_every_tenth_step_has_a_line_with_loss_geometry_rate_and_speed(train):
-    lines = metrics(train(steps=25))
+def test_every_tenth_step_has_a_line_with_loss_geometry_rate_and_speed(program):
+    lines = metrics(program(steps=25))
     assert [line["step"] for line in lines] == [10, 20, 25]
     assert {"loss", "alignment", "uniformity", "positive_cosine", "negative_cosine",
             "learning_rate", "sentences_per_second"} <= set(lines[0])
     assert lines[0]["learning_rate"] == pytest.approx(1e-4 * (1 - 9 / 25))
 
 
-def test_the_best_dev_score_decides_which_model_is_kept(train, pairs, monkeypatch):
+def test_the_best_dev_score_decides_which_model_is_kept(program, pairs, monkeypatch):
     """Dev scores 1, 3, 2 at steps 2, 4, 6: the model of step 4 stays on disk."""
     seen = []
 
@@ -248,7 +234,7 @@ def test_the_best_dev_score_decides_which_model_is_kept(train, pairs, monkeypatc
 
     original = mincse.keep_best
     monkeypatch.setattr(mincse, "keep_best", scored)
-    folder = train(steps=6, dev=pairs, dev_every=2)
+    folder = program(steps=6, dev=pairs, dev_every=2)
     results = json.loads((folder / "results.json").read_text())
     assert results["best_step"] == 4 and results["dev"] == {"avg": 3}
     kept = nn.utils.parameters_to_vector(load(folder).encoder.parameters())
@@ -256,114 +242,94 @@ def test_the_best_dev_score_decides_which_model_is_kept(train, pairs, monkeypatc
 
 
 def test_the_saved_model_has_no_training_head_without_labels_and_keeps_it_with_them(
-        train, tmp_path):
-    assert load(train()).head is None
+        program, tmp_path):
+    assert load(program()).head is None
     triples = tmp_path / "nli.csv"
     triples.write_text("sent0,sent1,hard_neg\n" + "".join(
         f"a dog {i},an animal {i},no dog {i}\n" for i in range(16)))
-    kept = load(train(corpus=triples, out="supervised", loss="info-nce"))
+    kept = load(program(corpus=triples, out="supervised", loss="info-nce"))
     assert kept.keep_head and kept.pooling == "cls"
 
 
 @pytest.mark.parametrize("flags", [{"method": "is-cse", "buffer_size": 20, "neighbours": 3},
                                    {"loss": "focal"}, {"pooling": "mean"},
                                    {"method": "is-cse", "loss": "focal", "positives": "crop"}])
-def test_methods_losses_positives_and_poolings_combine(train, flags):
-    folder = train(**flags)
+def test_methods_losses_positives_and_poolings_combine(program, flags):
+    folder = program(**flags)
     assert metrics(folder)[-1]["loss"] > 0
 
 
-def test_pairs_train_without_hard_negatives(train, tmp_path):
+def test_pairs_train_without_hard_negatives(program, tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text("".join(f"dog {i}\tanimal {i}\n" for i in range(16)))
-    assert metrics(train(corpus=path))[-1]["loss"] > 0
+    assert metrics(program(corpus=path))[-1]["loss"] > 0
 
 
 # ---- stopping and going on ------------------------------------------------------------------
 
-def stop_after(step, monkeypatch):
-    """Sends this process a SIGINT when that step has been taken."""
-    add, taken = runs.Log.add, []
-
-    def add_and_stop(self, loss):
-        taken.append(loss)
-        if len(taken) == step:
-            signal.raise_signal(signal.SIGINT)
-        add(self, loss)
-    monkeypatch.setattr(runs.Log, "add", add_and_stop)
-
-
 @pytest.mark.parametrize("flags", [{}, {"method": "is-cse", "buffer_size": 20, "neighbours": 3},
                                    {"positives": "crop"}], ids=str)
-def test_a_stopped_run_goes_on_exactly_where_it_was(train, monkeypatch, capsys, flags, pairs):
+def test_a_stopped_run_goes_on_exactly_where_it_was(program, stopped, capsys, flags, pairs):
     flags |= {"steps": 13, "dev": pairs, "dev_every": 4}
-    whole = train(out="whole", **flags)
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        stop_after(6, patch)
-        train(out="parts", **flags)
-    assert stopped.value.code == 130
+    whole = program(out="whole", **flags)
+    assert stopped(6, program, out="parts", **flags) == 130
     said = capsys.readouterr().err
     assert "stopped at step 6 of 13" in said and said.rstrip().endswith("--resume")
-    parts = train("--resume", out="parts", **flags)
+    parts = program("--resume", out="parts", **flags)
     assert equal(weights(whole), weights(parts))
     timeless = [[{k: v for k, v in line.items() if k not in ("sentences_per_second", "loss")}
                  for line in metrics(folder)] for folder in (whole, parts)]
     assert timeless[0] == timeless[1]
 
 
-def test_a_finished_run_is_never_overwritten_unasked(train, capsys):
-    folder = train()
+def test_a_finished_run_is_never_overwritten_unasked(program, capsys):
+    folder = program()
     with pytest.raises(SystemExit) as refused:
-        train()
+        program()
     said = capsys.readouterr().err
     assert refused.value.code == 2 and "--resume" in said and "--overwrite" in said
     before = (folder / "results.json").stat().st_mtime_ns
-    train("--resume")
+    program("--resume")
     assert (folder / "results.json").stat().st_mtime_ns == before
-    train("--overwrite")
+    program("--overwrite")
     assert (folder / "results.json").stat().st_mtime_ns > before
 
 
-def test_a_run_does_not_go_on_with_other_settings(train, capsys):
-    train()
+def test_a_run_does_not_go_on_with_other_settings(program, capsys):
+    program()
     with pytest.raises(SystemExit) as refused:
-        train("--resume", temperature=.1)
+        program("--resume", temperature=.1)
     assert refused.value.code == 2
     assert "was started with --temperature 0.05, found 0.1" in capsys.readouterr().err
 
 
-def test_a_folder_with_other_things_in_it_is_left_alone(train, tmp_path, capsys):
+def test_a_folder_with_other_things_in_it_is_left_alone(program, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("years of work")
     for flags in [(), ("--resume",), ("--overwrite",)]:
         with pytest.raises(SystemExit) as refused:
-            train(*flags)
+            program(*flags)
         assert refused.value.code == 2 and "holds no run" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 
-def test_the_command_to_go_on_never_overwrites(train, monkeypatch, capsys):
-    train()
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_after(2, patch)
-        train("--overwrite")
+def test_the_command_to_go_on_never_overwrites(program, stopped, capsys):
+    program()
+    stopped(2, program, "--overwrite")
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith("--resume") and "--overwrite" not in last
 
 
-def test_a_damaged_state_is_refused_by_name(train, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        stop_after(2, patch)
-        folder = train()
-    folder = Path(sys.argv[sys.argv.index("--out") + 1])
-    (folder / "state.pt").write_bytes(b"no state")
+def test_a_damaged_state_is_refused_by_name(program, stopped, tmp_path, capsys):
+    stopped(2, program)
+    (tmp_path / "run" / "state.pt").write_bytes(b"no state")
     with pytest.raises(SystemExit) as refused:
-        train("--resume")
+        program("--resume")
     assert refused.value.code == 3 and "state.pt: expected the state" in capsys.readouterr().err
 
 
 def test_when_the_final_evaluation_fails_the_model_is_saved_and_the_code_is_4(
-        train, monkeypatch, capsys):
+        program, monkeypatch, capsys):
     score, calls = mincse.StsTest.score, []
 
     def fails_the_second_time(self, encode):
@@ -374,21 +340,21 @@ def test_when_the_final_evaluation_fails_the_model_is_saved_and_the_code_is_4(
 
     monkeypatch.setattr(mincse.StsTest, "score", fails_the_second_time)
     with pytest.raises(SystemExit) as failed:
-        train()
+        program()
     assert failed.value.code == 4 and "no memory left" in capsys.readouterr().err
     folder = Path(sys.argv[sys.argv.index("--out") + 1])
     assert load(folder).pooling == "cls" and (folder / "state.pt").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(train):
+def test_a_loss_that_is_no_number_stops_the_run(program):
     with pytest.raises(FloatingPointError, match="the loss is nan at step 10.*--learning-rate"):
-        train(learning_rate=1e30, clip=1e30, steps=20)
+        program(learning_rate=1e30, clip=1e30, steps=20)
 
 
 # ---- seeds, plans, lists --------------------------------------------------------------------
 
-def test_seeds_give_a_folder_each_and_mean_and_spread(train, capsys):
-    folder = train("--seeds", "0-2")
+def test_seeds_give_a_folder_each_and_mean_and_spread(program, capsys):
+    folder = program("--seeds", "0-2")
     each = [json.loads((folder / f"seed-{n}" / "results.json").read_text())["test"]["pairs"]
             for n in range(3)]
     spread = json.loads((folder / "results.json").read_text())["spread"]
@@ -407,8 +373,8 @@ def test_the_verdict_compares_with_fifty_public_seeds_where_the_experiment_is_th
         assert runs.verdict(replace(usual, **other), {"avg": 75.2}) == []
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(train, tmp_path, capsys):
-    train("--dry-run")
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(program, tmp_path, capsys):
+    program("--dry-run")
     said = capsys.readouterr().out
     for part in ("steps: 4 of 8 rows", "expected time:", "peak memory:", "equal vectors: yes"):
         assert part in said
@@ -478,7 +444,8 @@ def test_a_wrong_use_gets_one_sentence_and_its_exit_code(
     ("model.safetensors", lambda content: content[:5000], "model.safetensors"),
     ("model.safetensors", lambda content: b"", "model.safetensors"),
     ("config.json", without_model_type, "model_type"),
-    ("tokenizer.json", half_the_vocabulary, "expected 90 to 100 % of the encoder's 16384 entries, found 8000"),
+    ("tokenizer.json", half_the_vocabulary,
+     "expected 90 to 100 % of the encoder's 16384 entries, found 8000"),
     ("tokenizer.json", lambda content: b"{", "tokenizer.json: expected a tokenizer"),
 ])
 def test_a_damaged_encoder_is_refused_by_the_name_of_its_file(
