@@ -79,7 +79,7 @@ class SimCSE(nn.Module):
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__()
-        self.corpus, self.config = corpus, config
+        self.corpus, self.config, self.parts = corpus, config, {}
         self.view = bind(POSITIVES[config.positives], config)
         self.loss_of = bind(LOSSES[config.loss], config)
 
@@ -108,8 +108,8 @@ class SimCSE(nn.Module):
         return self.loss_of(out.anchor, torch.cat(out.columns[1:]), weight=weight)
 
     def logs(self) -> dict[str, float]:
-        """Figures worth a line in metrics.jsonl, beside those of every method."""
-        return {}
+        """Figures worth a line in metrics.jsonl: the parts that `loss` left."""
+        return {name: value.item() for name, value in self.parts.items()}
 
 
 def own_hard_negative(batch: int, alpha: float) -> Tensor:        # -> (B, 2B)
@@ -145,9 +145,6 @@ class ISCSE(SimCSE):
         start, end = self.config.alpha_start, self.config.alpha_end
         return min(math.cos(math.pi * (step - 1) / steps) * (start - end), 0) + end
 
-    def logs(self) -> dict[str, float]:
-        return {name: loss.item() for name, loss in self.parts.items()}
-
 
 class SSCL(SimCSE):
     """The layers below the last one make negatives, so that the last must say something else.
@@ -162,7 +159,7 @@ class SSCL(SimCSE):
     def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__(corpus, config, model=model)
         # Pooling and head, whichever there is. As a bound method they are no parts of this module.
-        self.embed, self.parts = model.embed, {}
+        self.embed = model.embed
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
         plain, weight = super().loss(out), self.config.layer_weight
@@ -172,13 +169,10 @@ class SSCL(SimCSE):
         below = [self.embed([x.to(out.anchor.dtype)], out.mask) for x in below]   # M x (V·B, D)
         layered = self.loss_of(out.anchor, torch.cat([out.positive, *below]))
         same = F.cosine_similarity(out.anchor, below[0][: len(out.anchor)]).mean()
+        # From an anchor to its own layer L-1: where `layer_cosine` stays near 1, M is idle.
         self.parts = {"instance_loss": plain.detach(), "layer_loss": layered.detach(),
                       "layer_cosine": same.detach()}
         return (1 - weight) * plain + weight * layered
-
-    def logs(self) -> dict[str, float]:
-        """`layer_cosine`: from an anchor to its own layer L-1. Where it stays near 1, M is idle."""
-        return {name: value.item() for name, value in self.parts.items()}
 
 
 class KDMCSE(SimCSE):
@@ -212,6 +206,7 @@ class KDMCSE(SimCSE):
                           temperature=self.config.temperature,
                           angular_margin=self.config.angular_margin)
         instance = loss_of(out.anchor, out.positive)
+        # `dropped_pairs`: the filter's share of all negatives; well below 0.01 is usual.
         self.parts = {"instance_loss": instance.detach(),
                       "dropped_pairs": (~kept).sum() / (len(kept) ** 2 - len(kept))}
         if not self.config.grounding_weight:
@@ -221,10 +216,6 @@ class KDMCSE(SimCSE):
         grounding = sum(loss_of(view, target) for view in pooled.chunk(2)) / 2
         self.parts["grounding_loss"] = grounding.detach()
         return instance + self.config.grounding_weight * grounding
-
-    def logs(self) -> dict[str, float]:
-        """`dropped_pairs`: the filter's share of all negatives; well below 0.01 is usual."""
-        return {name: value.item() for name, value in self.parts.items()}
 
 
 class Twins(SimCSE):
@@ -290,15 +281,12 @@ class Twins(SimCSE):
             self.queue.push(identical)
             self.queued = torch.cat([self.queued[len(anchor):], out.rows])
         ranks = torch.stack([gap.detach(), margin]).argsort().argsort().to(gap)     # (2, B)
+        # Does the gap follow the margin? Means over the batch, and their rank correlation.
         self.parts = {"contrastive_loss": contrast.detach(), "twins_loss": twins.detach(),
                       "gap": gap.detach().mean(), "innate_margin": margin.mean(),
                       "gap_margin_correlation": torch.corrcoef(ranks)[0, 1]}
         ramp = min(1, out.step / (0.1 * out.steps))               # the first gaps are noise
         return contrast + self.config.twins_weight * ramp * twins
-
-    def logs(self) -> dict[str, float]:
-        """Does the gap follow the margin? Means over the batch, and their rank correlation."""
-        return {name: value.item() for name, value in self.parts.items()}
 
 
 FRATERNAL = [partial(repeat_words, rate=0.32), partial(delete_words, rate=0.15),
@@ -349,6 +337,7 @@ class DiffCSE(SimCSE):
         detection = detection_loss(logits.to(contrast.dtype), replaced, out.mask)
         right = (logits.argmax(dim=-1) == replaced)[out.mask].float()               # (R,)
         changed = replaced[out.mask].float()
+        # `replaced`: the share; `found`, `left_alone`: how often that is seen, and its lack.
         self.parts |= {"rtd_loss": detection.detach(), "replaced": changed.mean(),
                        "found": (right * changed).sum() / changed.sum(),
                        "left_alone": (right * (1 - changed)).sum() / (1 - changed).sum()}
@@ -369,10 +358,6 @@ class DiffCSE(SimCSE):
         """Original or replaced, two scores a token.     (2B, T), (2B, T), (2B, D) -> (2B, T, 2)"""
         x = self.discriminator.embed(edited, mask).with_first(h)
         return self.detector(self.discriminator.through(x)[-1])
-
-    def logs(self) -> dict[str, float]:
-        """`replaced`: the share; `found` and `left_alone`: how often that is seen, and its lack."""
-        return {name: value.item() for name, value in self.parts.items()}
 
 
 def frozen_masked_lm(name: str, tokenizer: Tokenizer) -> Callable:
@@ -501,7 +486,7 @@ class CARDS(SimCSE):
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__(corpus, config, model=model)
-        self.number, self.parts = text_numbers(corpus.columns[0]).tolist(), {}   # row -> its text
+        self.number = text_numbers(corpus.columns[0]).tolist()    # row -> its text
         self.texts = first_texts(corpus.columns[0], self.number)
         if config.retrieved and config.retrieve_from >= len(self.texts):
             raise ValueError(f"--retrieve-from {config.retrieve_from}: expected at most "
@@ -531,12 +516,9 @@ class CARDS(SimCSE):
         weight = input_weight(out.ids[:batch], out.ids[2 * batch :],
                               alpha=self.config.hard_negative_weight)
         own = torch.stack([F.cosine_similarity(anchor, column) for column in retrieved])
+        # The cosine to the own retrieved negatives soon falls, or something is wrong.
         self.parts = {"retrieved_cosine": own.mean().detach()}
         return self.loss_of(anchor, torch.cat([positive, *retrieved]), weight=weight)
-
-    def logs(self) -> dict[str, float]:
-        """The cosine to the own retrieved negatives: soon falls, or something is wrong."""
-        return {name: value.item() for name, value in self.parts.items()}
 
 
 INDEX = ("mincse.py: the index of all sentences needs {:.0f} MB while it is searched, the table of "
@@ -560,7 +542,7 @@ class DebCSE(SimCSE):
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__(corpus, config, model=model)
-        n, self.parts = len(corpus.columns[0]), {}
+        n = len(corpus.columns[0])
         folder = encoder_folder(config.teacher) if config.teacher else None
         width = read_config(folder).width if folder else model.config.width
         own = torch.arange(n, dtype=torch.int32).repeat(config.epochs, 1)
@@ -615,13 +597,10 @@ class DebCSE(SimCSE):
         false = (alike > self.limit).fill_diagonal_(False)                          # (B, B)
         weight = own_hard_negative(batch, self.config.hard_negative_weight).to(alike.device)
         weight[:, :batch].masked_fill_(false, 0)
+        # The share of the other positives of the batch that was left out.
         self.parts = {"false_negatives": false.sum() / (batch * (batch - 1))}
         candidates = torch.cat(out.columns[1:])                                     # (2B, D)
         return self.loss_of(out.anchor, candidates, weight=weight[:, : len(candidates)])
-
-    def logs(self) -> dict[str, float]:
-        """`false_negatives`: the share of the other positives of a batch that was left out."""
-        return {name: value.item() for name, value in self.parts.items()}
 
 
 # Synonyms, which the dossier has, too, need a dictionary that few machines have.
