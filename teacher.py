@@ -66,7 +66,10 @@ def write_teacher(encoder: str, corpus: str, path: str) -> None:
 
 def sentences_sha256(corpus: data.Corpus) -> str:
     """Of the sentences in their order: a gzipped copy of a corpus has the same."""
-    return hashlib.sha256("\n".join(corpus.columns[0]).encode()).hexdigest()
+    digest = hashlib.sha256()
+    for row, sentence in enumerate(corpus.columns[0]):
+        digest.update(("\n" * (row > 0) + sentence).encode())
+    return digest.hexdigest()
 
 
 def read_npy(path: Path) -> Tensor:                               # -> (N, D)
