@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import methods
 from config import Config
 from losses import focal_info_nce, info_nce
 from methods import METHODS, PAPERS, Encoded, check, own_hard_negative
@@ -177,19 +176,6 @@ def test_a_text_view_for_pairs_is_refused_since_they_bring_their_own_positives()
 def test_a_buffer_smaller_than_a_batch_is_refused():
     assert "--buffer-size 4 must be at least the batch size (5)" in refusal(
         1, method="is-cse", batch_size=5)
-
-
-# The other methods need layers, a teacher, tokens or neighbours: their own tests walk the menus.
-@pytest.mark.parametrize("name", ["simcse", "is-cse", "infocse"])
-@pytest.mark.parametrize("loss", methods.LOSSES)
-@pytest.mark.parametrize("positives", methods.POSITIVES)
-def test_every_combination_of_the_menus_gives_a_loss_with_a_gradient(name, loss, positives):
-    built = method(name, loss=loss, positives=positives)
-    check(built.config, columns=1)
-    columns = [x.requires_grad_() for x in random_columns()]
-    assert len(built.views([0, 1], random.Random(0))) == 2
-    built.loss(Encoded(columns, 1, 9, torch.tensor([0, 1]))).backward()
-    assert all(x.grad.isfinite().all() and x.grad.any() for x in columns)
 
 
 def test_every_method_and_loss_has_a_row_in_the_list():
