@@ -1,0 +1,162 @@
+"""Tables from the records of runs: hand-worked figures, and what is refused."""
+
+import csv
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+import report
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(0, 60, method=...) writes the records of a finished run; returns its folder."""
+    def write(seed, average, *, test="sts", **settings):
+        config = {"method": "simcse", "loss": "info-nce", "positives": "dropout", "seed": seed,
+                  "test": test, "out": f"runs/{seed}", "device": "auto", "threads": 0,
+                  "data": ""} | settings
+        folder = tmp_path / "runs" / "-".join(map(str, settings.values())) / f"seed-{seed}"
+        folder.mkdir(parents=True)
+        shape = {"STS-B test": {"alignment": .1, "uniformity": -2.}}
+        records = {
+            "args.json": {"command": f"python mincse.py --seed {seed}", "config": config},
+            "env.json": {"corpus": {"sha256": "ab" * 32}, "gpu": None, "processor": "a chip",
+                         "threads": 2, "torch": "2.13"},
+            "results.json": {"test": {"STS-B": average + 1, "SICK-R": average - 1, "avg": average},
+                             "before": {"avg": 50.}, "dev": {"avg": 70.}, "best_step": 5,
+                             "steps": 10, "geometry": shape, "geometry_before": shape}}
+        for name, content in records.items():
+            (folder / name).write_text(json.dumps(content))
+        row = {"loss": .5, "positive_cosine": .8, "negative_cosine": .1, "dev": {"avg": 70.}}
+        (folder / "metrics.jsonl").write_text("".join(
+            json.dumps({"step": step} | row) + "\n" for step in (5, 10)))
+        (folder / "model.safetensors").write_bytes(b"large")
+        return folder
+    return write
+
+
+def three_seeds(run, averages, **settings):
+    for seed, average in enumerate(averages):
+        run(seed, average, **settings)
+
+
+# ---- groups ---------------------------------------------------------------------------------
+
+def test_seeds_of_one_experiment_are_one_group_wherever_they_ran(run, tmp_path):
+    run(0, 60.), run(1, 61., data="elsewhere", threads=1)
+    group, = report.groups_of(report.find_runs([tmp_path]))
+    assert group.name == "simcse" and group.averages == {0: 60., 1: 61.}
+
+
+def test_a_group_is_named_after_what_tells_it_from_its_likes(run, tmp_path):
+    run(0, 60., steps=10), run(0, 61., steps=20), run(0, 62., method="is-cse", loss="focal")
+    names = [group.name for group in report.groups_of(report.find_runs([tmp_path]))]
+    assert sorted(names) == ["is-cse focal", "simcse, steps 10", "simcse, steps 20"]
+
+
+def test_simcse_stands_first(run, tmp_path):
+    run(0, 60., method="cards"), run(0, 61.)
+    assert report.groups_of(report.find_runs([tmp_path]))[0].name == "simcse"
+
+
+def test_an_unfinished_run_is_named_and_left_out(run, tmp_path, capsys):
+    run(0, 60.)
+    (run(1, 61.) / "results.json").unlink()
+    assert len(report.find_runs([tmp_path])) == 1
+    assert "seed-1 is not finished: left out" in capsys.readouterr().err
+
+
+# ---- significance ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("differences, p", [
+    ([1., 1., 1.], 2 / 8), ([1., 1., 1., 1., 1.], 2 / 32), ([3., -1.], 1.), ([0., 0.], 1.),
+    ([1., 2., -3.], 1.), ([4., 2., -1.], 4 / 8)])     # 4+2-1=5: also 4+2+1=7, and both mirrored
+def test_the_sign_flip_test_counts_by_hand(differences, p):
+    assert report.sign_flip_p(differences) == p
+
+
+def test_the_sign_flip_test_equals_scipys_permutation_test():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    differences = [.3, -.1, .5, .2, .4, -.2]
+    found = scipy_stats.permutation_test((differences,), lambda x: sum(x), n_resamples=10**6,
+                                         permutation_type="samples", vectorized=False)
+    assert report.sign_flip_p(differences) == pytest.approx(found.pvalue)
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_falls():
+    assert report.holm([.01, .04, .03]) == pytest.approx([.03, .06, .06])
+    assert report.holm([.5, .9]) == [1., 1.] and report.holm([]) == []
+
+
+def test_differences_are_taken_seed_by_seed(run, tmp_path):
+    three_seeds(run, [60., 61., 62.])
+    run(1, 64., method="cards"), run(2, 64., method="cards"), run(7, 99., method="cards")
+    simcse, cards = report.groups_of(report.find_runs([tmp_path]))
+    assert report.paired(cards, simcse) == [3., 2.]
+
+
+# ---- what is written ------------------------------------------------------------------------
+
+def test_the_table_by_hand(run, tmp_path):
+    three_seeds(run, [60., 61., 62.])
+    three_seeds(run, [62., 62., 65.], method="cards")
+    groups = report.groups_of(report.find_runs([tmp_path]))
+    assert report.rows_of(groups, groups[0]) == [
+        ["", "seeds", "steps", "STS-B", "SICK-R", "average", "against simcse", "p"],
+        ["simcse", "3", "10", "62.00", "60.00", "61.00 ± 1.00", "", ""],
+        ["cards", "3", "10", "64.00", "62.00", "63.00 ± 1.73", "+2.00", "0.25"]]
+
+
+def test_the_program_writes_tables_and_figures_and_keeps_records_without_weights(run, tmp_path,
+                                                                                 capsys):
+    pytest.importorskip("matplotlib")
+    three_seeds(run, [60., 61., 62.])
+    out, kept = tmp_path / "out", tmp_path / "kept"
+    report.main([str(tmp_path / "runs"), "--out", str(out), "--keep", str(kept)])
+    assert (out / "results.md").read_text() == capsys.readouterr().out[:-1]
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert [(row["seed"], row["avg"], row["command"]) for row in rows] == [
+        (str(i), f"{60 + i}.0000", f"python mincse.py --seed {i}") for i in range(3)]
+    for name, kind in product(("averages", "dev", "geometry", "curves"), ("png", "svg")):
+        assert (out / f"{name}.{kind}").stat().st_size > 1000
+    assert {path.name for path in kept.rglob("*.*")} == set(report.RECORDS)
+    report.main([str(kept), "--out", str(tmp_path / "again")])
+    assert (tmp_path / "again" / "results.md").read_text() == (out / "results.md").read_text()
+
+
+def test_it_reads_what_a_real_run_left(program, tmp_path, capsys):
+    program(out="runs/real/seed-0", seed=0)
+    capsys.readouterr()
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "runs/real/seed-0/results.json").read_text())["test"]
+    assert f"{found['avg']:.2f}" in capsys.readouterr().out
+
+
+# ---- what is refused ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("damage, code, said", [
+    (lambda folder: (folder / "results.json").write_text("{"), 3, "expected the records of a run"),
+    (lambda folder: (folder / "env.json").unlink(), 3, "env.json"),
+    (lambda folder: (folder / "args.json").write_text('{"config": 3, "command": ""}'), 3,
+     "expected the records of a run"),
+    (lambda folder: (folder / "args.json").unlink(), 3, "expected a finished run")])
+def test_damaged_records_end_with_a_sentence(run, tmp_path, capsys, damage, code, said):
+    damage(run(0, 60.))
+    with pytest.raises(SystemExit) as refused:
+        report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert refused.value.code == code and said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_not_there_a_wrong_baseline_and_mixed_tests(run, tmp_path, capsys):
+    run(0, 60.), run(1, 60., test="docs")
+    for argv, code, said in ([["no/such"], 3, "found nothing there"],
+                             [[str(tmp_path), "--baseline", "cards"], 2, "expected one of 'simcse"],
+                             [[str(tmp_path)], 2, "the same --test, found sts in "]):
+        with pytest.raises(SystemExit) as refused:
+            report.main([*argv, "--out", str(tmp_path / "out")])
+        assert refused.value.code == code and said in capsys.readouterr().err
