@@ -24,7 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -85,8 +86,12 @@ def make_batches(method: SimCSE, tokenizer: data.Tokenizer, config: Config, *, s
 
 
 def row_order(method: SimCSE, config: Config, steps: int) -> Iterator[list[int]]:
-    """The rows of every step: those of its round in random order, anew in every pass over them."""
-    for count, rows in method.rounds(steps):
+    """The rows of every step: those of its round in random order, anew in every pass over them.
+
+    Where the next round has the same rows, their order goes on.
+    """
+    for rows, rounds in groupby(method.rounds(steps), key=itemgetter(1)):
+        count = sum(count for count, _ in rounds)
         epochs = -(-count // (len(rows) // config.batch_size))
         order = data.batches(len(rows), config.batch_size, seed=config.seed, epochs=epochs)
         for places in islice(order, count):
