@@ -36,9 +36,9 @@ from losses import (LOSSES, angular_margin_nce, cosine, detection_loss, innate_m
 from model import POOLINGS, Head, MaskedLMHead, Projector, SentenceEncoder, encode
 from negatives import (EMPTY, Words, accept, assign, by_chance, debiased_pairs, draw,
                        false_negatives, first_texts, index, input_weight, kmeans, nearest_others)
-from positives import (ANNOTATION_FIGURES, POSITIVES, Annotation, HardPairs, MemoryBuffer,
+from positives import (ANNOTATION_FIGURES, POSITIVES, Annotation, HardPairs, MemoryBuffer, Others,
                        adjusted_rand, annotate, crop, delete_words, find_documents, hard_pairs,
-                       mate_table, mix, repeat_words, swap_words, text_numbers)
+                       harder, mate_table, repeat_words, swap_words, text_numbers)
 
 
 def bind(variant: Callable, config) -> Callable:
@@ -659,24 +659,22 @@ class IFND(SimCSE):
         warn_of_collapse(self.label[:, rows])
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
-        batch, candidates = len(out.anchor), torch.cat(out.columns[1:])
-        weight = torch.ones(batch, len(candidates), device=out.anchor.device)       # (B, C)
-        if len(out.columns) == 3:
-            weight = own_hard_negative(batch, self.config.hard_negative_weight).to(weight)
+        batch, candidates = len(out.anchor), torch.cat(out.columns[1:])             # (C, D)
+        weight = own_hard_negative(batch, self.config.hard_negative_weight).to(out.anchor)
+        weight = weight[:, : len(candidates)]                                       # (B, C)
+        false = torch.stack([false_negatives(label[out.rows]) for label in self.label])
         # Labels speak of anchors and their positives; hard negatives stay what they are.
-        pad = (0, len(candidates) - batch)
-        false = [F.pad(false_negatives(label[out.rows]), pad) for label in self.label]
-        likely = (cosine(out.anchor, candidates) / self.config.temperature).detach().softmax(dim=1)
-        both = torch.stack(false)                                                   # (2, B, C)
-        # The share of all in-batch negatives, and of the probability that anchors give them.
-        self.parts = {"false_negatives": both.sum() / (2 * batch * (batch - 1)),
-                      "false_negative_mass": (likely * both).sum() / (2 * batch)}
-        if self.config.false_negatives == "eliminate":
-            return sum(self.loss_of(out.anchor, candidates, weight=weight.masked_fill(x, 0))
-                       for x in false) / 2
+        false = F.pad(false, (0, len(candidates) - batch))                          # (2, B, C)
         logits = cosine(out.anchor, candidates) / self.config.temperature + weight.log()
-        own = torch.eye(batch, len(candidates), dtype=torch.bool, device=logits.device)
-        return sum(many_positives(logits, own | x) for x in false) / 2
+        # The share of all in-batch negatives, and of the probability that anchors give them.
+        self.parts = {"false_negatives": false.sum() / (2 * batch * (batch - 1)),
+                      "false_negative_mass": (logits.detach().softmax(dim=1) * false).sum()
+                      / (2 * batch)}
+        if self.config.false_negatives == "attract":
+            own = torch.eye(batch, len(candidates), dtype=torch.bool, device=logits.device)
+            return sum(many_positives(logits, own | x) for x in false) / 2
+        return sum(self.loss_of(out.anchor, candidates, weight=weight.masked_fill(x, 0))
+                   for x in false) / 2
 
     def logs(self) -> dict[str, float]:
         return dict(zip(CLUSTER_FIGURES, self.figures.tolist())) | super().logs()
@@ -728,69 +726,39 @@ class CoreTuning(SimCSE):
         self.classify = nn.Linear(3 * width, 3, bias=False)
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
-        group = self.group[out.rows]
+        group, mixing = self.group[out.rows], self.config.mixing
         same = group[:, None] == group                            # (B, B)
-        candidates = torch.cat(out.columns[1:])                   # (C, D)
-        pairs = self.draw(out.anchor, candidates, same, out.step)
-        alone = bool(same.all())                                  # then nobody has a stranger
-        mixing = "none" if alone else self.config.mixing
-        harder = {}
-        if mixing in ("both", "positives"):
-            harder["positive"] = mix(out.positive[pairs.positive], candidates[pairs.negative],
-                                     pairs.of_positive)           # (B, D)
-        if mixing in ("both", "negatives"):
-            harder["negative"] = mix(candidates[pairs.stranger], out.anchor, pairs.of_stranger)
+        pairs = self.draw(out.anchor, torch.cat(out.columns[1:]), same, out.step)
+        others = harder(*out.columns, same=same, pairs=pairs, mixing=mixing)
         self.parts, total = {}, 0
-        if self.config.contrast_weight:
-            contrast = self.contrast(out.anchor, candidates, harder, same)
-            self.parts["contrastive_loss"] = contrast.detach()
-            total = total + self.config.contrast_weight * contrast
-        if self.config.classifier_weight:
-            wrong = self.classification(out.anchor, candidates, harder, pairs, alone)
-            self.parts["classifier_loss"] = wrong.detach()
-            total = total + self.config.classifier_weight * wrong
+        for name, weight, term in (
+                ("contrastive_loss", self.config.contrast_weight, self.contrast),
+                ("classifier_loss", self.config.classifier_weight, self.classification)):
+            if weight:
+                found = term(out.anchor, others)
+                self.parts[name], total = found.detach(), total + weight * found
         return total
 
     def draw(self, anchor: Tensor, candidates: Tensor, same: Tensor, step: int) -> HardPairs:
         return hard_pairs(anchor, candidates, same, alpha=self.config.mixing_alpha,
                           rng=np.random.default_rng([self.config.seed, step]))
 
-    def contrast(self, anchor: Tensor, candidates: Tensor, harder: dict[str, Tensor],
-                 same: Tensor) -> Tensor:                         # -> ()
-        """A mixed positive is that of one anchor; for others of the group it does not count."""
-        own = torch.eye(len(anchor), dtype=torch.bool, device=anchor.device)
-        positive = [F.pad(same, (0, len(candidates) - len(anchor)))]
-        counts = [torch.ones_like(positive[0])]                   # (B, C)
-        for kind in harder:
-            positive.append(own & (kind == "positive"))
-            counts.append(own | ~same if kind == "positive" else torch.ones_like(own))
-        every = self.project(torch.cat([candidates, *harder.values()]))
-        logits = cosine(self.project(anchor), every) / self.config.temperature
-        return many_positives(logits.masked_fill(~torch.cat(counts, dim=1), -math.inf),
-                              torch.cat(positive, dim=1), focus=self.config.focus)
+    def contrast(self, anchor: Tensor, others: list[Others]) -> Tensor:             # -> ()
+        """After a head of its own, which mixing comes before."""
+        others = [other for other in others if other.counts is not None]
+        x = self.project(torch.cat([other.vectors for other in others]))
+        logits = cosine(self.project(anchor), x) / self.config.temperature          # (B, C)
+        counts = torch.cat([other.counts for other in others], dim=1)
+        return many_positives(logits.masked_fill(~counts, -math.inf),
+                              torch.cat([other.positive for other in others], dim=1),
+                              focus=self.config.focus)
 
-    def classification(self, anchor: Tensor, candidates: Tensor, harder: dict[str, Tensor],
-                       pairs: HardPairs, alone: bool) -> Tensor:  # -> ()
-        """Soft labels of mixed pairs, hard ones of the others; the mean over all of them."""
-        entailed, denied, unrelated = torch.eye(3, device=anchor.device, dtype=anchor.dtype)
-        columns = candidates.split(len(anchor))
-        rows = list(zip(columns, (entailed, denied)))
-        if not alone:
-            rows.append((candidates[pairs.stranger], unrelated))
-        if "positive" in harder:
-            place = torch.arange(len(anchor), 2 * len(anchor), device=anchor.device)
-            negative = torch.where((pairs.negative == place)[:, None], denied, unrelated)   # (B, 3)
-            rows.append((harder["positive"], mix(entailed, negative, pairs.of_positive)))
-        if "negative" in harder:
-            rows.append((harder["negative"], mix(unrelated, entailed, pairs.of_stranger)))
-        logits = self.classify(torch.cat([pair_features(anchor, other) for other, _ in rows]))
-        label = torch.cat([label.expand(len(anchor), 3) for _, label in rows])
-        return F.cross_entropy(logits, label)
-
-
-def pair_features(a: Tensor, b: Tensor) -> Tensor:                # (B, D) twice -> (B, 3·D)
-    """Both, and how far apart they are in every direction."""
-    return torch.cat([a, b, (a - b).abs()], dim=-1)
+    def classification(self, anchor: Tensor, others: list[Others]) -> Tensor:       # -> ()
+        """Cross-entropy with soft labels, the mean over all pairs."""
+        pairs = torch.cat([torch.cat([anchor, x.vectors, (anchor - x.vectors).abs()], dim=1)
+                           for x in others])                      # (P, 3·D)
+        labels = torch.cat([other.label.expand(len(anchor), 3) for other in others])
+        return F.cross_entropy(self.classify(pairs), labels)
 
 
 METHODS = {"simcse": SimCSE, "is-cse": ISCSE, "infocse": InfoCSE, "sscl": SSCL, "kdmcse": KDMCSE,

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -466,16 +466,17 @@ def main(argv: list[str] | None = None) -> None:
     print((folder / "results.md").read_text())
 
 
-def program() -> int:
+def program(main: Callable[[], None] = main) -> int:
     """main with an exit code for what can happen at any moment."""
+    name = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
-        print("mincse.py: interrupted outside the training loop; go on with:\n"
+        print(f"{name}: interrupted outside the training loop; go on with:\n"
               f"  {command()} --resume", file=sys.stderr)
         return 130
     except (OSError, FloatingPointError) as error:
-        print(f"mincse.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -351,3 +351,38 @@ def hard_pairs(anchor: Tensor, candidates: Tensor, same: Tensor, *, alpha: float
         negative=likeness.masked_fill(mates, -math.inf).argmax(dim=1),
         stranger=chance.masked_fill(same.repeat(1, copies), -1).argmax(dim=1),
         of_positive=shares[0], of_stranger=shares[1].clamp(min=0.8))
+
+
+@dataclass(frozen=True)
+class Others:
+    """A row for each of B anchors, which it is paired with; in contrast, all see all rows."""
+    vectors: Tensor                   # (B, D)
+    positive: Tensor | None           # (B, B) of whom it is a positive
+    counts: Tensor | None             # (B, B) who sees it at all; None where it is for pairs only
+    label: Tensor                     # (B, 3) or (3,) of the pair: entailed, denied, unrelated
+
+
+def harder(anchor: Tensor, entailed: Tensor, *denied: Tensor, same: Tensor, pairs: HardPairs,
+           mixing: str) -> list[Others]:                          # (B, D) x 2 or 3, (B, B)
+    """The columns of a batch, what is mixed of them and, for pairs only, the strangers.
+
+    A mixed positive is that of one anchor, and does not count for others of its group. Where all
+    rows are of one group there are no strangers, so nothing is mixed.
+    """
+    own = torch.eye(len(same), dtype=torch.bool, device=same.device)
+    never, always = torch.zeros_like(same), torch.ones_like(same)
+    yes, no, unrelated = torch.eye(3, device=anchor.device, dtype=anchor.dtype)
+    found = [Others(entailed, same, always, yes), *(Others(x, never, always, no) for x in denied)]
+    if same.all():
+        return found
+    x = torch.cat([entailed, *denied])                                              # (C, D)
+    found.append(Others(x[pairs.stranger], None, None, unrelated))
+    if mixing in ("both", "positives"):
+        of_own = torch.arange(len(same), device=same.device) + len(same)            # if denied
+        label = torch.where((pairs.negative == of_own)[:, None], no, unrelated)     # (B, 3)
+        mixed = mix(entailed[pairs.positive], x[pairs.negative], pairs.of_positive)
+        found.append(Others(mixed, own, own | ~same, mix(yes, label, pairs.of_positive)))
+    if mixing in ("both", "negatives"):
+        mixed = mix(x[pairs.stranger], anchor, pairs.of_stranger)
+        found.append(Others(mixed, never, always, mix(unrelated, yes, pairs.of_stranger)))
+    return found

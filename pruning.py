@@ -7,8 +7,8 @@ Which parameters does a sentence encoder not need? Attention heads and FFN neuro
 Every head and every neuron gets a gate of 1. How much alignment and uniformity would move with it
 is what the unit contributes; of all layers together, the least goes first. In the style of
 SparseCSE (An, Zhang, Song 2023): that these two measures decide, and that the smallest
-contributions are removed, is in its abstract. Units, gates and score are those of StarK, taken to be by the same
-group; retraining and the comparisons are ours.
+contributions are removed, is in its abstract. Units, gates and score are those of StarK, taken to
+be by the same group; retraining and the comparisons are ours.
 
 `score` measures, `CRITERIA` rank, `remove` prunes. No mask is kept: all weights of a removed unit
 are 0, on both sides, and then so is their gradient. So a pruned folder loads everywhere, and any
@@ -34,7 +34,8 @@ from tqdm import tqdm
 import data
 import mincse
 import runs
-from eval_sts import Result, exits, open_encoder, pick_device, plain, read_test, spearman
+from eval_sts import (StsTest, TwinTest, exits, open_encoder, pick_device, plain, read_test,
+                      spearman)
 from folders import load, save
 from losses import alignment, uniformity
 from model import Encoder, SentenceEncoder, encode
@@ -107,7 +108,7 @@ def score(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str],
                 model.train()
                 aligned = slopes(alignment(model(ids, mask), model(ids, mask)), gates)
                 model.eval()
-                spread = slopes(uniformity(model(ids, mask)).float(), gates)
+                spread = slopes(uniformity(model(ids, mask)), gates)
                 add(halves[number % 2], "alignment", aligned)
                 add(halves[number % 2], "uniformity", spread)
     finally:
@@ -310,15 +311,15 @@ def agreement(halves: list[dict[str, Units]], weight: float) -> str:
     return ", ".join(f"{kind} {rho:.2f}" for kind, rho in found.items())
 
 
-def measure(encode_with: Callable, test) -> dict:
+def measure(model: SentenceEncoder, tokenizer: Callable, test: StsTest | TwinTest) -> dict:
     """What the test says: the average, every task, and the shape of the space."""
-    result: Result = test.score(encode_with)
+    result = test.score(partial(encode, model, tokenizer))
     shape = next(iter(result.geometry.values()), {})
     return {"avg": result.scores["avg"], **shape, "scores": result.scores}
 
 
-def sweep(args: argparse.Namespace, model: SentenceEncoder, tokenizer: data.Tokenizer, test,
-          sums: dict[str, Units]) -> Iterator[dict]:
+def sweep(args: argparse.Namespace, model: SentenceEncoder, tokenizer: Callable,
+          test: StsTest | TwinTest, sums: dict[str, Units]) -> Iterator[dict]:
     """A row for the dense encoder, then one for each criterion, sparsity and draw."""
     cases = [("dense", 0, 0)] + [
         (criterion, sparsity, draw) for criterion in args.criteria
@@ -333,7 +334,7 @@ def sweep(args: argparse.Namespace, model: SentenceEncoder, tokenizer: data.Toke
         row |= {f"{kind} left": int(x.sum()) for kind, x in kept.items()}
         row["layers left"] = {kind: x.sum(dim=1).int().tolist() for kind, x in kept.items()}
         left = pruned(model, kept)
-        row |= measure(partial(encode, left, tokenizer), test)
+        row |= measure(left, tokenizer, test)
         name = f"{criterion}-{sparsity:g}" + f"-{draw}" * (criterion == "random")
         if criterion != "random" or args.retrain:
             save(left, args.out / name)
@@ -458,4 +459,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(mincse.program(main))

@@ -1,4 +1,4 @@
-"""Core-tuning, in the style of: hard pairs made harder, and a loss that looks at those it misses."""
+"""Core-tuning, in the style of: hard pairs made harder, and a loss that looks at what it misses."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from config import Config, resolve, validate
 from folders import load
 from losses import info_nce, many_positives
-from methods import CoreTuning, Encoded, check, pair_features
+from methods import CoreTuning, Encoded, check
 from model import Encoder, EncoderConfig, SentenceEncoder
 from positives import HardPairs, hard_pairs, mix
 
@@ -244,11 +244,6 @@ def test_a_batch_of_one_premise_is_not_mixed(V):
 
 
 # ---- the classifier -------------------------------------------------------------------------
-
-def test_the_classifier_reads_both_sides_and_their_distance():
-    a, b = torch.tensor([[1., 5]]), torch.tensor([[3., 4]])
-    assert pair_features(a, b).tolist() == [[1, 5, 3, 4, 2, 1]]
-
 
 @pytest.mark.parametrize("V, mixing", [(3, "both"), (3, "none"), (2, "both"), (3, "positives"),
                                        (3, "negatives")])

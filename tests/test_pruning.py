@@ -2,15 +2,13 @@
 
 import csv
 import json
-import shutil
+import subprocess
 import sys
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-import mincse
 import pruning
 from data import Tokenizer, read_corpus
 from folders import load
@@ -18,6 +16,8 @@ from losses import alignment, uniformity
 from model import Encoder, EncoderConfig, SentenceEncoder, encode
 from pruning import (CRITERIA, blend, both_halves, gated, masks, ones, pruned, remove, score,
                      slopes)
+
+ROOT = Path(__file__).parent.parent
 
 # ---- the score: a toy of three gates --------------------------------------------------------
 
@@ -512,6 +512,13 @@ def test_what_is_not_there_is_refused_with_code_3(prune, tmp_path, capsys):
         with pytest.raises(SystemExit) as refused:
             prune(*flags)
         assert refused.value.code == 3 and said in capsys.readouterr().err
+
+
+def test_as_typed_it_ends_with_a_sentence_and_not_with_a_traceback(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "pruning.py", tmp_path / "nothing"], text=True,
+                          capture_output=True, cwd=tmp_path)
+    assert done.returncode == 3 and "nothing: not on this machine" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_list_of_papers_names_it():
