@@ -70,6 +70,18 @@ class Config:
     retrieved: int = flag(1, "loss", "cards: s, negatives drawn for each sentence (CARDS README)")
     retrieve_from: int = flag(64, "loss", "cards: K, nearest sentences they are drawn of (recipe)")
     propensity_bins: int = flag(10, "loss", "debcse: K, bins of surface likeness; 1: no correction")
+    false_negatives: str = flag("eliminate", "loss", "ifnd: or make them positives",
+                                ["eliminate", "attract"])
+    clusters: int = flag(0, "loss", "ifnd: K, and 4·K next to it; 0: about the batch size (ours)")
+    cluster_rounds: int = flag(5, "loss", "ifnd: R, parts of the run; clusters are found before "
+                               "each but the first (ours)")
+    accepted: float = flag(1.0, "loss", "ifnd: share of the labels at the end of the ramp")
+    mixing: str = flag("both", "loss", "core-tuning: what is made harder",
+                       ["both", "positives", "negatives", "none"])
+    mixing_alpha: float = flag(1.0, "loss", "core-tuning: a of Beta(a, a), the shares (code)")
+    focus: float = flag(1.0, "loss", "core-tuning: γ on positives known already (code)")
+    contrast_weight: float = flag(1.0, "loss", "core-tuning: η of the contrastive loss (ours)")
+    classifier_weight: float = flag(1.0, "loss", "core-tuning: of the pair classifier's loss")
 
     epochs: int = flag(1, "optimisation", "passes over the corpus (recipe)")
     steps: int = flag(0, "optimisation", "exactly so many steps instead, schedule included")
@@ -128,6 +140,9 @@ OF_METHOD = {
     ("debcse", "large"): dict(twin_rate=0.25),
     ("debcse", "small"): dict(batch_size=128, twin_rate=0.25),
     ("diffcse", "small"): dict(epochs=2),                                  # ours
+    ("core-tuning", "base"): dict(head="none"),        # it mixes before a head of its own
+    ("core-tuning", "large"): dict(head="none"),
+    ("core-tuning", "small"): dict(head="none"),
 }
 
 
@@ -145,8 +160,8 @@ def recipe(config: Config, *, model_type: str, width: int, columns: int) -> dict
     # SimCSE's code builds a head for [CLS] only; supervised models keep it (Table 6).
     head = "none" if config.pooling != "cls" else "keep" if supervised else "train"
     dev = "stsb" if config.test in ("sts", "stsb") else "none"
-    return {**table, **OF_METHOD.get((config.method, size), {}),
-            **OF_METHOD.get((config.method, unsupervised_size), {}), "head": head, "dev": dev}
+    return {**table, "head": head, "dev": dev, **OF_METHOD.get((config.method, size), {}),
+            **OF_METHOD.get((config.method, unsupervised_size), {})}
 
 
 def resolve(given: dict, *, model_type: str, width: int, columns: int) -> Config:
@@ -222,11 +237,12 @@ def metavar(f) -> str | None:
 
 POSITIVE = ("retrieve_from", "propensity_bins", "annotation_rounds", "mate_temperature",
             "temperature", "learning_rate", "clip", "smoothing_temperature", "max_tokens", "epochs",
-            "dev_every")
+            "dev_every", "cluster_rounds", "mixing_alpha")
 AT_LEAST_0 = ("hard_negative_weight", "mlm_weight", "weight_decay", "neighbours", "alpha_start",
               "steps", "threads", "seed", "twins_weight", "queue_batches",
-              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved")
-UP_TO = {"twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
+              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved", "clusters",
+              "focus", "contrast_weight", "classifier_weight")
+UP_TO = {"accepted": 1, "twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
          "angular_margin": 1.5}                                   # below a right angle
 SHARE = ("annotation_quantile", "rate", "dropout", "mlm_rate", "rtd_rate")
 

@@ -129,6 +129,22 @@ def angular_margin_nce(anchor: Tensor, positive: Tensor, likeness: Tensor, *,
     return pick_own(s / temperature, weight)
 
 
+def many_positives(logits: Tensor, positive: Tensor, *, focus: float = 0.0) -> Tensor:
+    """Each anchor must recognise all of its positives; one that it knows already counts less.
+
+        loss = mean_i mean_{j in P_i}  -(1 - p_ij)^γ log p_ij,   p_ij = softmax_j of the logits
+
+    (B, C), (B, C) -> (). γ is the `focus`: without it this is supervised contrast, every positive
+    staying in the denominator (Khosla et al. 2020); with 1, the focal one of Core-tuning (Zhang et
+    al. 2021). Its mean is over P_i; the released code divides by all columns instead. A logit of
+    -inf takes a candidate out, which must not be a positive.
+    """
+    log_p = logits.log_softmax(dim=1).masked_fill(~positive, 0)   # or -inf x 0 would make NaN
+    missing = (-torch.expm1(log_p)).clamp(min=1e-12)              # 1 - p; above 0 for the slope
+    each = positive * missing**focus * -log_p                     # (B, C)
+    return (each.sum(dim=1) / positive.sum(dim=1)).mean()
+
+
 LOSSES = {"info-nce": info_nce, "focal": focal_info_nce}
 
 

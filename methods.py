@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain, islice
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -30,14 +31,14 @@ from tqdm import tqdm
 from data import Tokenizer, batches, encoder_folder, mask_tokens
 from eval_sts import open_encoder
 from folders import load, load_masked_lm, read_config
-from losses import (LOSSES, angular_margin_nce, cosine, detection_loss, innate_margin, twin_gap,
-                    twins_loss)
+from losses import (LOSSES, angular_margin_nce, cosine, detection_loss, innate_margin,
+                    many_positives, twin_gap, twins_loss)
 from model import POOLINGS, Head, MaskedLMHead, Projector, SentenceEncoder, encode
-from negatives import (Words, by_chance, debiased_pairs, draw, first_texts, index, input_weight,
-                       nearest_others)
-from positives import (ANNOTATION_FIGURES, POSITIVES, Annotation, MemoryBuffer, adjusted_rand,
-                       annotate, crop, delete_words, find_documents, mate_table, repeat_words,
-                       swap_words, text_numbers)
+from negatives import (EMPTY, Words, accept, assign, by_chance, debiased_pairs, draw,
+                       false_negatives, first_texts, index, input_weight, kmeans, nearest_others)
+from positives import (ANNOTATION_FIGURES, POSITIVES, Annotation, HardPairs, MemoryBuffer, Others,
+                       adjusted_rand, annotate, crop, delete_words, find_documents, hard_pairs,
+                       harder, mate_table, repeat_words, swap_words, text_numbers)
 
 
 def bind(variant: Callable, config) -> Callable:
@@ -609,8 +610,160 @@ RAW_REFERENCE = ("mincse.py: WARNING: meaning is judged by {} as it starts; debc
                  "trained on sentences: use --teacher with one, such as a simcse run")
 
 
+class IFND(SimCSE):
+    """Negatives that cluster with the anchor are left out: the surest early, in the end all.
+
+        before part r of R:  spherical k-means of the corpus by the present encoder, for two K;
+                             the share ρ r / R of labels that are surest is accepted
+        loss = mean over K of L(anchor, positives), without those of the same accepted label;
+               or with them as further positives (`attract`)
+
+    In the style of Chen et al. 2022 (ICLR), whose abstract has the clusters, the acceptance that
+    grows with confidence, and both uses. Theirs are images and a queue; how sure a label is, the
+    ramp and K for small batches are ours. Clusters of Wikipedia are topics, so attraction makes
+    positives of texts that merely share one. A refresh encodes the corpus once: four of them cost
+    two thirds of an epoch.
+    """
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        n = len(corpus.columns[0])
+        k = config.clusters or 2 ** round(math.log2(config.batch_size - 1))
+        self.sizes = (k, 4 * k)
+        self.register_buffer("label", torch.full((2, n), EMPTY, dtype=torch.int32))   # (2, N)
+        self.register_buffer("refreshed", torch.tensor(0))
+        self.register_buffer("figures", torch.zeros(len(CLUSTER_FIGURES)))
+
+    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+        """R equal parts, in the order that SimCSE would take the rows."""
+        count = min(self.config.cluster_rounds, steps)
+        ends = [steps * part // count for part in range(count + 1)]
+        return [(end - begin, range(len(self.corpus))) for begin, end in zip(ends, ends[1:])]
+
+    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+        """Cluster the rows that the run sees, and accept more of the labels than before."""
+        rows = rows_of_run(len(rows), self.config)
+        texts = [self.corpus.columns[0][row] for row in rows]
+        x = index(partial(encode, max_tokens=self.config.max_tokens), texts)        # (n, D)
+        self.refreshed += 1
+        part = self.refreshed.item()
+        share = self.config.accepted * part / self.config.cluster_rounds
+        found = []
+        for level, k in enumerate(self.sizes):
+            seed = random.Random(f"{self.config.seed} clusters {part} {k}").getrandbits(63)
+            centres = kmeans(x, k, seed=seed, device=self.label.device)
+            label, _, sure = assign(x, centres)
+            self.label[level, rows] = accept(label, sure, share).to(self.label)
+            found.append(cluster_figures(label, sure, len(centres)))
+        self.figures.copy_(torch.tensor([share, *torch.tensor(found).mean(dim=0).tolist()]))
+        warn_of_collapse(self.label[:, rows])
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        batch, candidates = len(out.anchor), torch.cat(out.columns[1:])             # (C, D)
+        weight = own_hard_negative(batch, self.config.hard_negative_weight).to(out.anchor)
+        weight = weight[:, : len(candidates)]                                       # (B, C)
+        false = torch.stack([false_negatives(label[out.rows]) for label in self.label])
+        # Labels speak of anchors and their positives; hard negatives stay what they are.
+        false = F.pad(false, (0, len(candidates) - batch))                          # (2, B, C)
+        logits = cosine(out.anchor, candidates) / self.config.temperature + weight.log()
+        # The share of all in-batch negatives, and of the probability that anchors give them.
+        self.parts = {"false_negatives": false.sum() / (2 * batch * (batch - 1)),
+                      "false_negative_mass": (logits.detach().softmax(dim=1) * false).sum()
+                      / (2 * batch)}
+        if self.config.false_negatives == "attract":
+            own = torch.eye(batch, len(candidates), dtype=torch.bool, device=logits.device)
+            return sum(many_positives(logits, own | x) for x in false) / 2
+        return sum(self.loss_of(out.anchor, candidates, weight=weight.masked_fill(x, 0))
+                   for x in false) / 2
+
+    def logs(self) -> dict[str, float]:
+        return dict(zip(CLUSTER_FIGURES, self.figures.tolist())) | super().logs()
+
+
+# Means over both K: the largest cluster's share of the rows, clusters that hold a row, and how sure
+# the labels are at three quantiles.
+CLUSTER_FIGURES = ("accepted", "largest_cluster", "clusters_used", "sure_10", "sure_50", "sure_90")
+
+
+def cluster_figures(label: Tensor, sure: Tensor, k: int) -> list[float]:
+    """CLUSTER_FIGURES but the first."""
+    sizes = torch.bincount(label, minlength=k)
+    quantiles = sure.sort().values[[len(sure) * tenth // 10 for tenth in (1, 5, 9)]]
+    return [sizes.max().item() / len(label), (sizes > 0).float().mean().item(),
+            *quantiles.tolist()]
+
+
+def warn_of_collapse(labels: Tensor) -> None:                     # (2, N)
+    """Where nearly all negatives go, nothing keeps the vectors apart."""
+    for label in labels:
+        sizes = torch.bincount(label[label != EMPTY])
+        if (sizes / len(label)).square().sum() > 0.95:
+            warnings.warn("ifnd: more than 95 % of all pairs share a cluster, so hardly a negative "
+                          "is left: try more --clusters, or a lower --accepted")
+
+
+class CoreTuning(SimCSE):
+    """The hardest pairs of a labelled batch are blended into still harder ones.
+
+        positive+ = λ · hardest positive + (1 - λ) · hardest negative,   λ ~ Beta(a, a)
+        negative+ = λ' · a stranger + (1 - λ') · the anchor,             λ' = max(Beta(a, a), 0.8)
+        loss = η · many_positives(anchor; entailed, denied, positive+, negative+)
+             + w · cross-entropy of a classifier of pairs: entailed, denied or unrelated
+
+    In the style of Zhang et al. 2021 (NeurIPS), which fine-tunes on labelled images. Mixing, its
+    place before the head and the focal loss are theirs. Taking equal premises for a class, and the
+    pair classifier for theirs of images, are ours. The paper finds hardest positives; its released
+    code does not (see `hard_pairs`). Without labels there is no such method here.
+    """
+    columns_taken = (2, 3)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        width = model.config.width
+        group = text_numbers(corpus.columns[0])
+        self.register_buffer("group", group, persistent=False)    # (N,)
+        self.project = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 256))
+        self.classify = nn.Linear(3 * width, 3, bias=False)
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        group, mixing = self.group[out.rows], self.config.mixing
+        same = group[:, None] == group                            # (B, B)
+        pairs = self.draw(out.anchor, torch.cat(out.columns[1:]), same, out.step)
+        others = harder(*out.columns, same=same, pairs=pairs, mixing=mixing)
+        self.parts, total = {}, 0
+        for name, weight, term in (
+                ("contrastive_loss", self.config.contrast_weight, self.contrast),
+                ("classifier_loss", self.config.classifier_weight, self.classification)):
+            if weight:
+                found = term(out.anchor, others)
+                self.parts[name], total = found.detach(), total + weight * found
+        return total
+
+    def draw(self, anchor: Tensor, candidates: Tensor, same: Tensor, step: int) -> HardPairs:
+        return hard_pairs(anchor, candidates, same, alpha=self.config.mixing_alpha,
+                          rng=np.random.default_rng([self.config.seed, step]))
+
+    def contrast(self, anchor: Tensor, others: list[Others]) -> Tensor:             # -> ()
+        """After a head of its own, which mixing comes before."""
+        others = [other for other in others if other.counts is not None]
+        x = self.project(torch.cat([other.vectors for other in others]))
+        logits = cosine(self.project(anchor), x) / self.config.temperature          # (B, C)
+        counts = torch.cat([other.counts for other in others], dim=1)
+        return many_positives(logits.masked_fill(~counts, -math.inf),
+                              torch.cat([other.positive for other in others], dim=1),
+                              focus=self.config.focus)
+
+    def classification(self, anchor: Tensor, others: list[Others]) -> Tensor:       # -> ()
+        """Cross-entropy with soft labels, the mean over all pairs."""
+        pairs = torch.cat([torch.cat([anchor, x.vectors, (anchor - x.vectors).abs()], dim=1)
+                           for x in others])                      # (P, 3·D)
+        labels = torch.cat([other.label.expand(len(anchor), 3) for other in others])
+        return F.cross_entropy(self.classify(pairs), labels)
+
+
 METHODS = {"simcse": SimCSE, "is-cse": ISCSE, "infocse": InfoCSE, "sscl": SSCL, "kdmcse": KDMCSE,
-            "twins": Twins, "diffcse": DiffCSE, "cards": CARDS, "debcse": DebCSE}
+            "twins": Twins, "diffcse": DiffCSE, "cards": CARDS, "debcse": DebCSE,
+            "ifnd": IFND, "core-tuning": CoreTuning}
 
 
 @dataclass(frozen=True)
@@ -659,6 +812,15 @@ PAPERS = [
     Paper("--method debcse --teacher ENCODER", "pairs drawn by inverse propensity, against bias",
           "Miao, Du, Zhang: DebCSE. CIKM 2023, arXiv 2309.07396",
           "BERT-base 80.33 (theirs; the formulas here are ours, after the abstract)"),
+    Paper("--method ifnd", "negatives of the anchor's cluster are left out, the surest first",
+          "Chen, Hung, Tseng, Chien, Yang: IFND. ICLR 2022, arXiv 2106.03719",
+          "none on text: theirs is on images"),
+    Paper("--method core-tuning --corpus nli", "the hardest pairs are mixed into harder ones",
+          "Zhang, Hooi, Hu, Liang, Feng: Core-tuning. NeurIPS 2021, arXiv 2102.06605",
+          "none on text: theirs is on images"),
+    Paper("python pruning.py RUN", "heads and neurons that matter least to alignment and "
+          "uniformity are removed", "An, Zhang, Song: SparseCSE. arXiv 2311.03881",
+          "none verified; the units and the score are those of the authors' StarK"),
 ]
 
 
@@ -666,9 +828,10 @@ def check(config, columns: int, *, layers: int | None = None) -> None:
     """Refuse what makes no sense for a corpus of so many columns, an encoder of so many layers."""
     taken = METHODS[config.method].columns_taken
     if columns not in taken:
+        other = "without hard negatives" if columns > max(taken) else "of pairs, such as nli"
         raise ValueError(f"--method {config.method} takes a corpus of "
                          f"{' or '.join(map(str, taken))} columns, found {columns} in "
-                         f"{config.corpus}: use --method simcse, or a file without hard negatives")
+                         f"{config.corpus}: use --method simcse, or a file {other}")
     if columns == 3 and config.loss == "focal":
         raise ValueError(f"--loss focal is defined without labels, but {config.corpus} has hard "
                          "negatives (3 columns): use --loss info-nce, or a corpus of sentences")
@@ -687,7 +850,25 @@ def check(config, columns: int, *, layers: int | None = None) -> None:
     if config.method == "debcse" and config.positives != "dropout":
         raise ValueError(f"--method debcse draws positives of its own, found --positives "
                          f"{config.positives}: use --positives dropout")
+    attracts = config.method == "ifnd" and config.false_negatives == "attract"
+    if attracts and config.loss != "info-nce":
+        raise ValueError(f"--false-negatives attract has its own loss, found --loss {config.loss}: "
+                         "use --loss info-nce, or --false-negatives eliminate")
+    if config.method == "core-tuning":
+        check_core_tuning(config)
     check_teacher(config)
+
+
+def check_core_tuning(config) -> None:
+    """Core-tuning has a loss and a head of its own, and no weight on hard negatives."""
+    for name, only in (("loss", "info-nce"), ("hard_negative_weight", 1), ("head", "none")):
+        if getattr(config, name) not in (only, "recipe"):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--method core-tuning has a loss and a head of its own, found {flag} "
+                             f"{getattr(config, name)}: use {flag} {only}, or --method simcse")
+    if not config.contrast_weight + config.classifier_weight:
+        raise ValueError("--contrast-weight and --classifier-weight are both 0, so there is "
+                         "nothing to learn: use --contrast-weight 1")
 
 
 def check_buffer(config) -> None:

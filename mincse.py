@@ -20,11 +20,12 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -85,8 +86,12 @@ def make_batches(method: SimCSE, tokenizer: data.Tokenizer, config: Config, *, s
 
 
 def row_order(method: SimCSE, config: Config, steps: int) -> Iterator[list[int]]:
-    """The rows of every step: those of its round in random order, anew in every pass over them."""
-    for count, rows in method.rounds(steps):
+    """The rows of every step: those of its round in random order, anew in every pass over them.
+
+    Where the next round has the same rows, their order goes on.
+    """
+    for rows, rounds in groupby(method.rounds(steps), key=itemgetter(1)):
+        count = sum(count for count, _ in rounds)
         epochs = -(-count // (len(rows) // config.batch_size))
         order = data.batches(len(rows), config.batch_size, seed=config.seed, epochs=epochs)
         for places in islice(order, count):
@@ -461,16 +466,17 @@ def main(argv: list[str] | None = None) -> None:
     print((folder / "results.md").read_text())
 
 
-def program() -> int:
+def program(main: Callable[[], None] = main) -> int:
     """main with an exit code for what can happen at any moment."""
+    name = Path(sys.argv[0]).name
     try:
         main()
     except KeyboardInterrupt:
-        print("mincse.py: interrupted outside the training loop; go on with:\n"
+        print(f"{name}: interrupted outside the training loop; go on with:\n"
               f"  {command()} --resume", file=sys.stderr)
         return 130
     except (OSError, FloatingPointError) as error:
-        print(f"mincse.py: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -10,12 +10,14 @@ and for DebCSE, which draws both sides of a pair: `compare` measures likeness in
 surface, `inverse_propensity` turns the two into chances, `draw_weighted` draws. Its candidates
 come from `nearest_others`, `rare_word_mates`, `document_mates` and `random_others`.
 
-`by_chance` says from which likeness on two texts are no negatives of each other (KDMCSE).
+`by_chance` says from which likeness on two texts are no negatives of each other (KDMCSE);
+`kmeans`, `assign`, `accept` and `false_negatives` find such pairs by clusters (IFND).
 
 A pool is an (N, C) tensor of numbers of texts, C candidates a row; -1 is an empty place.
 Not here: views of a text (positives.py), losses and what a weight does to them (losses.py).
 """
 
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -336,3 +338,72 @@ def by_chance(rows: Tensor, seed: int, *, pairs: int = 10_000) -> float:        
     away = torch.randint(1, len(rows), (pairs,), generator=generator)               # never itself
     likeness = F.cosine_similarity(rows[first].float(), rows[(first + away) % len(rows)].float())
     return max(likeness.quantile(0.999).item(), 0.5)
+
+
+# ---- together in a cluster, so not different (IFND) -----------------------------------------
+
+@torch.no_grad()
+def kmeans(x: Tensor, k: int, *, seed: int, iterations: int = 20,
+           device: torch.device | None = None) -> Tensor:         # (N, D) -> (K, D)
+    """The centres of k clusters on the unit sphere, fewer where fewer rows differ.
+
+    Lloyd's algorithm from the starts of k-means++, on 256·k rows at most: up to 512·K²·D
+    operations an iteration. A cluster that nobody is in starts anew at the row worst served.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = unit(x[torch.randperm(len(x), generator=generator)[: 256 * k]], device)
+    centres = far_apart(x[: 50 * k], k, generator)
+    for _ in range(iterations):
+        label, likeness, _ = assign(x, centres)
+        total = torch.zeros_like(centres).index_add_(0, label, x)
+        empty = torch.bincount(label, minlength=len(centres)) == 0
+        total[empty] = x[likeness.argsort()[: empty.sum()]]
+        centres = F.normalize(total, dim=-1)
+    return centres
+
+
+def far_apart(x: Tensor, k: int, generator: torch.Generator) -> Tensor:   # (N, D) -> (K, D)
+    """k rows, each drawn by its squared distance from the nearest one before (k-means++).
+
+    Arthur & Vassilvitskii 2007. On unit length that distance is 2 - 2 cos.
+    """
+    chosen = [int(torch.randint(len(x), (), generator=generator))]
+    distance = torch.full_like(x[:, 0], torch.inf)                # (N,) halved
+    while len(chosen) < k:
+        distance = torch.minimum(distance, 1 - x @ x[chosen[-1]])
+        distance[distance < 1e-6] = 0                             # rounding, between equal rows
+        if not distance.any():
+            break
+        chosen.append(int(torch.multinomial(distance.cpu(), 1, generator=generator)))
+    return x[chosen]
+
+
+@torch.no_grad()
+def assign(x: Tensor, centres: Tensor, *, temperature: float = 0.1, chunk: int = 8192
+           ) -> tuple[Tensor, Tensor, Tensor]:                    # (N, D), (K, D) -> (N,) x 3
+    """The cluster of each row, its cosine with that centre, and how sure the choice is.
+
+    Sure: softmax_k(cos / τ) at the chosen one. Only its rank is used (ours).
+    """
+    found = []
+    for rows in x.split(chunk):
+        cosines = unit(rows, centres.device) @ centres.mT         # (chunk, K)
+        best, label = cosines.max(dim=1)
+        sure = (cosines / temperature).softmax(dim=1).gather(1, label[:, None])[:, 0]
+        found.append((label, best, sure))
+    return tuple(map(torch.cat, zip(*found)))
+
+
+def accept(label: Tensor, sure: Tensor, share: float) -> Tensor:  # (N,), (N,) -> (N,)
+    """The labels of the surest rows, exactly floor(share · N); EMPTY for the others.
+
+    Of equally sure rows the first ones, so that a greater share contains the smaller.
+    """
+    order = sure.argsort(descending=True, stable=True)
+    return label.index_fill(0, order[math.floor(share * len(label)) :], EMPTY)
+
+
+def false_negatives(label: Tensor) -> Tensor:                     # (B,) -> (B, B) bool
+    """Which pairs share a label that was accepted of both; nobody is a negative of itself."""
+    same = (label[:, None] == label) & (label != EMPTY)
+    return same.fill_diagonal_(False)

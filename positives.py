@@ -5,7 +5,8 @@ Text views take a sentence and a random source and return a sentence; `POSITIVES
 The first, `keep`, changes nothing and is the best known (SimCSE, Table 1): the encoder's dropout
 makes the two views differ. `MemoryBuffer` works on embeddings instead: it blends a positive with
 its nearest relatives among the last few batches (IS-CSE). `annotate` lets the encoder find the
-sentences of a document that belong together (InfoCSE).
+sentences of a document that belong together (InfoCSE). `hard_pairs` finds the pairs of a labelled
+batch that are hardest to tell apart, and `mix` blends them (Core-tuning).
 """
 
 import math
@@ -19,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from losses import cosine
 
 
 def keep(sentence: str, rng: random.Random) -> str:
@@ -310,3 +313,76 @@ def adjusted_rand(a: Tensor, b: Tensor) -> float:                 # (N,), (N,) l
         for labels in (zip(a.tolist(), b.tolist()), a.tolist(), b.tolist()))
     expected, most = in_a * in_b / math.comb(len(a), 2), (in_a + in_b) / 2
     return 1.0 if most == expected else (both - expected) / (most - expected)
+
+
+# ---- Core-tuning: positives and negatives made harder ---------------------------------------
+
+@dataclass(frozen=True)
+class HardPairs:
+    """What is mixed for each of B anchors, and with how much. Candidates: entailed, then denied."""
+    positive: Tensor                  # (B,) entailed and least like the anchor
+    negative: Tensor                  # (B,) the candidate most like it that is none of its group
+    stranger: Tensor                  # (B,) any candidate of another group
+    of_positive: Tensor               # (B, 1) its share of the mixed positive
+    of_stranger: Tensor               # (B, 1) its share of the mixed negative
+
+
+def mix(x: Tensor, other: Tensor, share: Tensor) -> Tensor:       # (B, D) twice, (B, 1) -> (B, D)
+    """`share` of x, the rest of the other."""
+    return share * x + (1 - share) * other
+
+
+@torch.no_grad()
+def hard_pairs(anchor: Tensor, candidates: Tensor, same: Tensor, *, alpha: float,
+               rng: np.random.Generator) -> HardPairs:            # (B, D), (C, D), (B, B)
+    """The least alike of each anchor's own group, the most alike of all others.
+
+    Zhang et al. 2021 as the paper means it: what must not be chosen is filled with infinity. The
+    released code fills with 0, below all of its cosines, and so chooses just that. Shares come
+    from Beta(α, α); a stranger has 0.8 of a mixed negative at least. A denied hypothesis is a
+    negative of its own premise, too, but no stranger.
+    """
+    copies, likeness = len(candidates) // len(anchor), cosine(anchor, candidates)   # (B, C)
+    mates = F.pad(same, (0, len(candidates) - len(anchor)))                         # (B, C)
+    chance = torch.from_numpy(rng.random(likeness.shape)).to(likeness)
+    shares = torch.from_numpy(rng.beta(alpha, alpha, (2, len(anchor), 1))).to(likeness)
+    return HardPairs(
+        positive=likeness.masked_fill(~mates, math.inf).argmin(dim=1),
+        negative=likeness.masked_fill(mates, -math.inf).argmax(dim=1),
+        stranger=chance.masked_fill(same.repeat(1, copies), -1).argmax(dim=1),
+        of_positive=shares[0], of_stranger=shares[1].clamp(min=0.8))
+
+
+@dataclass(frozen=True)
+class Others:
+    """A row for each of B anchors, which it is paired with; in contrast, all see all rows."""
+    vectors: Tensor                   # (B, D)
+    positive: Tensor | None           # (B, B) of whom it is a positive
+    counts: Tensor | None             # (B, B) who sees it at all; None where it is for pairs only
+    label: Tensor                     # (B, 3) or (3,) of the pair: entailed, denied, unrelated
+
+
+def harder(anchor: Tensor, entailed: Tensor, *denied: Tensor, same: Tensor, pairs: HardPairs,
+           mixing: str) -> list[Others]:                          # (B, D) x 2 or 3, (B, B)
+    """The columns of a batch, what is mixed of them and, for pairs only, the strangers.
+
+    A mixed positive is that of one anchor, and does not count for others of its group. Where all
+    rows are of one group there are no strangers, so nothing is mixed.
+    """
+    own = torch.eye(len(same), dtype=torch.bool, device=same.device)
+    never, always = torch.zeros_like(same), torch.ones_like(same)
+    yes, no, unrelated = torch.eye(3, device=anchor.device, dtype=anchor.dtype)
+    found = [Others(entailed, same, always, yes), *(Others(x, never, always, no) for x in denied)]
+    if same.all():
+        return found
+    x = torch.cat([entailed, *denied])                                              # (C, D)
+    found.append(Others(x[pairs.stranger], None, None, unrelated))
+    if mixing in ("both", "positives"):
+        of_own = torch.arange(len(same), device=same.device) + len(same)            # if denied
+        label = torch.where((pairs.negative == of_own)[:, None], no, unrelated)     # (B, 3)
+        mixed = mix(entailed[pairs.positive], x[pairs.negative], pairs.of_positive)
+        found.append(Others(mixed, own, own | ~same, mix(yes, label, pairs.of_positive)))
+    if mixing in ("both", "negatives"):
+        mixed = mix(x[pairs.stranger], anchor, pairs.of_stranger)
+        found.append(Others(mixed, never, always, mix(unrelated, yes, pairs.of_stranger)))
+    return found

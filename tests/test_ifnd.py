@@ -1,0 +1,427 @@
+"""IFND, in the style of: negatives that share the anchor's cluster, accepted by confidence."""
+
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+import mincse
+from config import Config, validate
+from losses import info_nce, many_positives
+from methods import IFND, Encoded, check
+from model import Encoder, EncoderConfig, SentenceEncoder
+from negatives import EMPTY, accept, assign, false_negatives, kmeans
+
+
+@dataclass(frozen=True)
+class Texts:
+    columns: list[list[str]]
+    documents: list[int] | None = None
+
+    def __len__(self):
+        return len(self.columns[0])
+
+
+WORDS = "dog cat owl elk bee cow".split()
+CORPUS = Texts([[f"{word} {i}" for i in range(10) for word in WORDS]])
+BOTH = ["eliminate", "attract"]
+
+
+def method(labels=None, corpus=CORPUS, **settings):
+    """IFND with these accepted labels, one list for each granularity."""
+    settings = {"batch_size": 8} | settings
+    model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 4, 1, 1, 5)), pooling="cls")
+    found = IFND(corpus, replace(Config(method="ifnd"), **settings), model=model)
+    if labels is not None:
+        found.label[:, : len(labels[0])] = torch.tensor(labels, dtype=torch.int32)
+    return found
+
+
+def with_cosines(cosines):
+    """Anchors and positives that have just these cosines: x x⁻¹ s, with unit rows."""
+    s = torch.tensor(cosines, dtype=torch.float64)
+    n, width = len(s), 2 * len(s)
+    anchor = torch.eye(n, width, dtype=torch.float64)
+    rest = (1 - s.square().sum(dim=0)).clamp(min=0).sqrt()        # of each positive
+    return anchor, torch.cat([s.mT, torch.diag(rest)], dim=1)
+
+
+def batch(B=6, V=2, D=5, seed=0):
+    torch.manual_seed(seed)
+    return [torch.randn(B, D).double().requires_grad_() for _ in range(V)]
+
+
+def loss_of(ifnd, columns):
+    return ifnd.loss(Encoded(columns, 1, 9, torch.arange(len(columns[0]))))
+
+
+def per_anchor(cosines, false, strategy, tau):
+    """The dossier's formulas, in loops."""
+    found = []
+    for i, row in enumerate(cosines):
+        s = [x / tau for x in row]
+        kept = [math.exp(x) for j, x in enumerate(s) if strategy == "attract" or not false[i][j]]
+        group = [i] + [j for j in range(len(row)) if false[i][j] and strategy == "attract"]
+        found.append(sum(math.log(sum(kept)) - s[j] for j in group) / len(group))
+    return found
+
+
+# ---- the losses -----------------------------------------------------------------------------
+
+COSINES = [[.9, .7, .1], [.6, .8, .2], [0., .3, .7]]
+SAME = [[False, True, False], [True, False, False], [False] * 3]
+
+
+@pytest.mark.parametrize("strategy, each, mean", [
+    ("eliminate", [.183901, .263282, .528229], .325137),
+    ("attract", [.827123, .878802, .528229], .744718)])
+def test_the_worked_example(strategy, each, mean):
+    assert per_anchor(COSINES, SAME, strategy, .5) == pytest.approx(each, abs=1e-6)
+    logits = torch.tensor(COSINES).double() / .5
+    same = torch.tensor(SAME)
+    assert false_negatives(torch.tensor([0, 0, 1])).tolist() == SAME
+    if strategy == "attract":
+        found = many_positives(logits, same | torch.eye(3, dtype=torch.bool))
+    else:
+        found = F.cross_entropy(logits.masked_fill(same, -math.inf), torch.arange(3))
+    assert found.item() == pytest.approx(mean, abs=1e-6)
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_with_one_of_two_labels_accepted_it_is_info_nce(strategy):
+    anchor, positive = with_cosines([[.6, .5, .1], [.4, .7, .2], [0., .3, .7]])
+    cosines = F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).mT
+    one = method([[0, EMPTY, 1]] * 2, temperature=.5, false_negatives=strategy)
+    plain = per_anchor(cosines.tolist(), [[False] * 3] * 3, strategy, .5)
+    assert loss_of(one, [anchor, positive]).item() == pytest.approx(sum(plain) / 3)
+    all_three = method([[0, 0, 1]] * 2, temperature=.5, false_negatives=strategy)
+    expected = per_anchor(cosines.tolist(), SAME, strategy, .5)
+    assert loss_of(all_three, [anchor, positive]).item() == pytest.approx(sum(expected) / 3)
+
+
+def test_before_any_label_is_accepted_elimination_is_info_nce_to_the_bit():
+    columns = batch()
+    losses = [loss_of(method(), columns), info_nce(*columns)]
+    assert torch.equal(*losses)
+    assert all(map(torch.allclose, *(torch.autograd.grad(loss, columns) for loss in losses)))
+
+
+def test_before_any_label_is_accepted_attraction_is_info_nce():
+    columns = batch()
+    found = loss_of(method(false_negatives="attract"), columns)
+    assert found.item() == pytest.approx(info_nce(*columns).item(), abs=1e-14)
+
+
+def test_elimination_is_never_above_info_nce_and_equal_only_where_nothing_is_left_out():
+    cosines = (torch.rand(6, 6) * 2 - 1).tolist()
+    false = false_negatives(torch.tensor([0, 1, 0, 2, EMPTY, EMPTY])).tolist()
+    pairs = zip(per_anchor(cosines, false, "eliminate", .05),
+                per_anchor(cosines, [[False] * 6] * 6, "eliminate", .05))
+    assert [a < b for a, b in pairs] == [True, False, True, False, False, False]
+    columns = batch()
+    assert loss_of(method([[0, 1, 0, 2, EMPTY, EMPTY]] * 2), columns) < info_nce(*columns)
+
+
+def slope_of_cosines(strategy, labels, tau=.5):
+    """d loss / d S, through orthogonal anchors whose cosines with the positives are just S."""
+    torch.manual_seed(3)
+    s = torch.randn(4, 4).double().requires_grad_()
+    false = false_negatives(torch.tensor(labels))
+    own = torch.eye(4, dtype=torch.bool)
+    if strategy == "attract":
+        many_positives(s / tau, own | false).backward()
+    else:
+        F.cross_entropy(s / tau + (~false).double().log(), torch.arange(4)).backward()
+    return s.grad, false, (s / tau).softmax(dim=1).detach()
+
+
+def test_an_eliminated_pair_gets_exactly_no_gradient_and_a_kept_negative_is_pushed_away():
+    slope, false, _ = slope_of_cosines("eliminate", [0, 0, 1, EMPTY])
+    own = torch.eye(4, dtype=torch.bool)
+    assert (slope[false] == 0).all() and false.sum() == 2
+    assert (slope[~false & ~own] > 0).all() and (slope[own] < 0).all()
+
+
+def test_an_attracted_pair_is_pulled_until_its_share_of_the_probability_is_reached():
+    slope, false, p = slope_of_cosines("attract", [0, 0, 0, 1])
+    share = 1 / (1 + false.sum(dim=1, keepdim=True)).expand_as(p)
+    assert ((slope < 0) == (p < share))[false].all() and (slope[false] < 0).any()
+
+
+def test_who_is_a_false_negative():
+    found = false_negatives(torch.tensor([3, EMPTY, 3, EMPTY, 0, 3]))
+    pairs = {(i, j) for i in range(6) for j in range(6) if found[i, j]}
+    assert pairs == {(0, 2), (2, 0), (0, 5), (5, 0), (2, 5), (5, 2)}
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_the_names_of_clusters_mean_nothing(strategy):
+    columns, build = batch(), partial(method, false_negatives=strategy)
+    assert torch.equal(loss_of(build([[0, 1, 0, 2, 1, EMPTY]] * 2), columns),
+                       loss_of(build([[7, 0, 7, 1, 0, EMPTY]] * 2), columns))
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_the_loss_is_the_mean_over_both_granularities(strategy):
+    columns, coarse, fine = batch(), [0, 0, 0, 1, 1, 1], [0, 0, 1, 2, 3, 3]
+    build = partial(method, false_negatives=strategy)
+    one, other = (loss_of(build([x, x]), columns) for x in (coarse, fine))
+    assert loss_of(build([coarse, fine]), columns).item() == pytest.approx(
+        (one + other).item() / 2)
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+def test_hard_negatives_are_never_left_out_or_attracted(strategy):
+    """Of equal labels everywhere, only the anchors' own (B, B) block changes."""
+    triples = Texts([CORPUS.columns[0]] * 3)
+    anchor, positive, hard = batch(V=3)
+    built = method([[0] * 6] * 2, corpus=triples, false_negatives=strategy)
+    cosines = (F.normalize(anchor, dim=1)
+               @ F.normalize(torch.cat([positive, hard]), dim=1).mT).tolist()
+    false = [[i != j for j in range(6)] + [False] * 6 for i in range(6)]
+    expected = sum(per_anchor(cosines, false, strategy, .05)) / 6
+    assert loss_of(built, [anchor, positive, hard]).item() == pytest.approx(expected)
+
+
+def test_the_weight_of_the_own_hard_negative_still_counts():
+    triples = Texts([CORPUS.columns[0]] * 3)
+    columns = batch(V=3)
+    heavier = loss_of(method(corpus=triples, hard_negative_weight=2.), columns)
+    weight = torch.cat([torch.ones(6, 6), torch.ones(6, 6) + torch.eye(6)], dim=1)
+    expected = info_nce(columns[0], torch.cat(columns[1:]), weight=weight)
+    assert heavier.item() == pytest.approx(expected.item())
+
+
+def test_the_log_counts_what_is_left_out_and_its_probability():
+    anchor, positive = (x.detach() for x in batch(B=4))
+    ifnd = method([[0, 0, 1, 1], [0, 0, 1, 2]], temperature=.5)
+    loss_of(ifnd, [anchor, positive])
+    p = (F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).mT / .5).softmax(dim=1)
+    mass = (2 * (p[0, 1] + p[1, 0]) + p[2, 3] + p[3, 2]) / 8
+    assert ifnd.logs()["false_negatives"] == pytest.approx(6 / 24)
+    assert ifnd.logs()["false_negative_mass"] == pytest.approx(mass.item())
+
+
+# ---- clusters -------------------------------------------------------------------------------
+
+def bunches(k=5, each=40, D=7, spread=.1, seed=0):
+    """Rows around k directions at right angles, and which they are of."""
+    torch.manual_seed(seed)
+    return (torch.eye(k, D).repeat_interleave(each, 0) + spread * torch.randn(k * each, D),
+            torch.arange(k).repeat_interleave(each))
+
+
+def test_bunches_far_apart_are_found():
+    x, truth = bunches()
+    label, _, _ = assign(x, kmeans(x, 5, seed=1))
+    assert len(set(zip(label.tolist(), truth.tolist()))) == 5
+
+
+def test_a_centre_is_the_mean_direction_of_its_rows_and_every_row_is_at_its_nearest():
+    """What Lloyd's algorithm ends in, on rows that are not bunched at all."""
+    torch.manual_seed(0)
+    x = F.normalize(torch.randn(200, 3).double(), dim=1)
+    centres = kmeans(x, 4, seed=0, iterations=100)
+    label, likeness, _ = assign(x, centres)
+    for row, k, cosine in zip(x, label, likeness):
+        cosines = [float(row @ centre) for centre in centres]
+        assert max(cosines) == pytest.approx(float(cosine)) == pytest.approx(cosines[k])
+    for k, centre in enumerate(centres):
+        mean = x[label == k].sum(dim=0)
+        assert torch.allclose(centre, mean / mean.norm())
+
+
+def test_clusters_are_those_of_scipy_from_the_same_start():
+    """SciPy's is by distance; on the sphere, with bunches of like size, it finds the same."""
+    from scipy.cluster.vq import kmeans2
+    x, _ = bunches(k=4, each=50, spread=.25, seed=2)
+    x = F.normalize(x.double(), dim=1)
+    ours, _, _ = assign(x, kmeans(x, 4, seed=0, iterations=50))
+    _, theirs = kmeans2(x.numpy(), x[[0, 50, 100, 150]].numpy(), minit="matrix", iter=50)
+    same = (ours[:, None] == ours) == torch.from_numpy(theirs[:, None] == theirs)
+    assert same.double().mean() > .98
+
+
+def test_as_many_clusters_as_rows_or_more_leave_every_row_alone():
+    x = F.normalize(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), dim=1)
+    for k in (9, 20):
+        label, _, _ = assign(x, kmeans(x, k, seed=0))
+        assert sorted(label.tolist()) == list(range(9))
+
+
+def test_equal_rows_share_a_cluster_however_many_are_asked_for():
+    x = torch.eye(3, 4).repeat(5, 1)
+    label, _, _ = assign(x, kmeans(x, 6, seed=0))
+    assert torch.equal(label[:3].repeat(5), label) and len(set(label.tolist())) == 3
+
+
+def test_the_seed_decides():
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(kmeans(x, 5, seed=3), kmeans(x, 5, seed=3))
+    assert not torch.equal(kmeans(x, 5, seed=3), kmeans(x, 5, seed=4))
+
+
+def test_chunks_change_nothing():
+    x, _ = bunches()
+    centres = kmeans(x, 5, seed=0)
+    for whole, parts in zip(assign(x, centres), assign(x, centres, chunk=7)):
+        assert torch.allclose(whole, parts)
+
+
+@pytest.mark.parametrize("temperature, expected", [(.1, .997469), (.2, .951970)])
+def test_how_sure_a_label_is(temperature, expected):
+    angle = math.radians(20)
+    point = torch.tensor([[math.cos(angle), math.sin(angle)]]).double()
+    centres = torch.tensor([[1, 0], [0, 1], [-1, 0]]).double()
+    label, cosine, sure = assign(point, centres, temperature=temperature)
+    assert label.item() == 0 and cosine.item() == pytest.approx(math.cos(angle))
+    assert sure.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_surest_labels_are_accepted_and_ties_go_to_the_first():
+    label = torch.tensor([5, 6, 7, 8])
+    assert accept(label, torch.tensor([.9, .5, .7, .2]), .5).tolist() == [5, EMPTY, 7, EMPTY]
+    assert accept(label, torch.tensor([.5, .5, .5, .5]), .5).tolist() == [5, 6, EMPTY, EMPTY]
+
+
+def test_a_greater_share_contains_the_smaller_and_each_is_exact():
+    sure, before = torch.rand(37, generator=torch.Generator().manual_seed(0)), set()
+    for share in (0, .1, .2, .4, .6, .8, 1):
+        kept = accept(torch.arange(37), sure, share)
+        now = set(kept[kept != EMPTY].tolist())
+        assert len(now) == math.floor(share * 37) and before <= now
+        before = now
+
+
+# ---- refreshing -----------------------------------------------------------------------------
+
+def by_word(texts, *, pooling=None, max_tokens=None):
+    """An encoder that tells the first words apart, and hardly anything else."""
+    assert max_tokens == 32
+    found = torch.zeros(len(texts), len(WORDS))
+    for row, text in zip(found, texts):
+        word, number = text.split()
+        row[WORDS.index(word)] = 1
+        row[0] += int(number) / 100
+    return found
+
+
+def test_the_ramp_accepts_a_fifth_more_with_every_part():
+    ifnd = method(clusters=6, accepted=1.)
+    for part in range(1, 5):
+        ifnd.refresh(by_word, range(60))
+        assert ((ifnd.label != EMPTY).sum(dim=1) == 12 * part).all()
+        assert ifnd.logs()["accepted"] == pytest.approx(part / 5)
+
+
+def test_what_clusters_together_is_what_the_encoder_finds_alike():
+    ifnd = method(clusters=6, cluster_rounds=1)
+    ifnd.refresh(by_word, range(60))
+    words = [text.split()[0] for text in CORPUS.columns[0]]
+    same = torch.tensor([[a == b for b in words] for a in words])
+    assert torch.equal((ifnd.label[0, :, None] == ifnd.label[0]), same)
+    fine = ifnd.label[1, :, None] == ifnd.label[1]
+    assert fine.sum() < same.sum() and same[fine].all()           # 24 clusters: parts of the 6
+
+
+def test_a_short_run_clusters_only_the_rows_that_it_sees():
+    ifnd, asked = method(clusters=2, steps=3), []
+    ifnd.refresh(lambda texts, **how: asked.extend(texts) or by_word(texts, **how), range(60))
+    assert len(set(asked)) == 24 and (ifnd.label != EMPTY).sum() == 2 * math.floor(24 / 5)
+
+
+@pytest.mark.parametrize("batch_size, expected", [(64, (64, 256)), (512, (512, 2048)), (2, (1, 4))])
+def test_the_number_of_clusters_follows_the_batch(batch_size, expected):
+    assert method(batch_size=batch_size).sizes == expected
+    assert method(clusters=10).sizes == (10, 40)
+
+
+def test_the_parts_are_equal_and_take_the_rows_in_the_order_of_simcse(tiny, sentences):
+    from methods import SimCSE
+    assert [count for count, _ in method().rounds(23)] == [4, 5, 4, 5, 5]
+    assert [count for count, _ in method().rounds(3)] == [1, 1, 1]
+    config = Config(batch_size=8, steps=15, seed=3)
+    model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 4, 1, 1, 5)), pooling="cls")
+    orders = [list(mincse.row_order(kind(CORPUS, config, model=model), config, 15))
+              for kind in (SimCSE, IFND)]
+    assert orders[0] == orders[1] and len(orders[0]) == 15
+
+
+def test_where_all_sentences_fall_into_one_cluster_it_warns_and_the_loss_is_nothing():
+    ifnd = method(clusters=1, cluster_rounds=1)
+    with pytest.warns(UserWarning, match="more than 95 % of all pairs share a cluster"):
+        ifnd.refresh(lambda texts, **how: torch.ones(len(texts), 3), range(60))
+    assert loss_of(ifnd, batch()).item() == 0
+
+
+def test_as_many_clusters_as_sentences_make_it_info_nce(recwarn):
+    ifnd, columns = method(clusters=60, cluster_rounds=1), batch()
+    torch.manual_seed(0)
+    vectors = torch.randn(60, 9)
+    ifnd.refresh(lambda texts, **how: vectors[[CORPUS.columns[0].index(t) for t in texts]],
+                 range(60))
+    assert (ifnd.label != EMPTY).all() and torch.equal(loss_of(ifnd, columns), info_nce(*columns))
+
+
+# ---- settings and runs ----------------------------------------------------------------------
+
+def test_attraction_has_a_loss_of_its_own():
+    with pytest.raises(ValueError, match="--false-negatives attract has its own loss, found"):
+        check(Config(method="ifnd", false_negatives="attract", loss="focal"), 1)
+    check(Config(method="ifnd", loss="focal"), 1)
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(cluster_rounds=0), "--cluster-rounds: expected above 0, found 0"),
+    (dict(clusters=-1), "--clusters: expected 0 or more, found -1"),
+    (dict(accepted=1.5), "--accepted: expected from 0 to 1, found 1.5")])
+def test_a_value_out_of_range_is_refused(settings, said):
+    with pytest.raises(ValueError) as refused:
+        validate(Config(**settings))
+    assert said in str(refused.value)
+
+
+@pytest.fixture
+def train(program):
+    return partial(program, method="ifnd", clusters=4, cluster_rounds=3)
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_with_nothing_accepted_a_run_is_that_of_simcse(train, program):
+    """But for rounding: half the loss of either granularity makes the whole."""
+    found, expected = (load_file(folder / "model.safetensors") for folder in (
+        train(accepted=0, steps=12), program(out="plain", steps=12)))
+    assert all(torch.allclose(found[name], x, atol=1e-4) for name, x in expected.items())
+
+
+@pytest.mark.parametrize("strategy", BOTH)
+@pytest.mark.parametrize("at", [4, 6, 7])
+def test_a_run_that_goes_on_ends_with_the_same_weights(train, stopped, strategy, at):
+    """Stopped just before a refresh (4), in the middle of a part (6), and late in it (7)."""
+    flags = {"steps": 12, "false_negatives": strategy}
+    whole = weights(train(out="whole", **flags))
+    assert stopped(at, train, out="parts", **flags) == 130
+    assert weights(train("--resume", out="parts", **flags)) == whole
+
+
+def test_a_run_logs_the_ramp_and_the_clusters(train):
+    folder = train(steps=30)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["accepted"] for row in rows] == pytest.approx([0, 1 / 3, 2 / 3])
+    assert rows[0]["false_negatives"] == 0 < rows[-1]["false_negatives"]
+    assert 1 / 16 <= rows[-1]["largest_cluster"] <= 1 and rows[-1]["clusters_used"] == 1
+    assert 0 < rows[-1]["sure_10"] <= rows[-1]["sure_50"] <= rows[-1]["sure_90"] <= 1
+
+
+def test_a_dry_run_clusters_nothing(train, capsys, monkeypatch):
+    train("--dry-run", steps=30)
+    assert "saved and reloaded with equal vectors: yes" in capsys.readouterr().out
