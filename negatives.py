@@ -336,3 +336,16 @@ def by_chance(rows: Tensor, seed: int, *, pairs: int = 10_000) -> float:        
     away = torch.randint(1, len(rows), (pairs,), generator=generator)               # never itself
     likeness = F.cosine_similarity(rows[first].float(), rows[(first + away) % len(rows)].float())
     return max(likeness.quantile(0.999).item(), 0.5)
+
+
+# ---- classes that nobody gave (FedRCL) ------------------------------------------------------
+
+def topics(x: Tensor, count: int, *, seed: int) -> Tensor:        # (N, D) -> (N,)
+    """The number of each row's k-means cluster, from 0: a class for those who have no labels.
+
+    On directions from the mean: all vectors of an encoder without training share one direction.
+    """
+    from scipy.cluster.vq import kmeans2                          # slow to import: only if used
+    x = unit(x.float() - x.float().mean(dim=0))
+    _, labels = kmeans2(x.numpy(), count, iter=20, minit="++", seed=seed)
+    return torch.from_numpy(labels).long()
