@@ -690,8 +690,9 @@ class PNR(SimCSE):
     def __init__(self, corpus, config, *, model: SentenceEncoder):
         super().__init__(corpus, config, model=model)
         width = model.config.width
-        self.predictor = nn.Sequential(nn.Linear(width, 4 * width), nn.LayerNorm(4 * width),
-                                       nn.ReLU(), nn.Linear(4 * width, width))
+        with torch.random.fork_rng(devices=[]):                   # the head is drawn as in SimCSE
+            self.predictor = nn.Sequential(nn.Linear(width, 4 * width), nn.LayerNorm(4 * width),
+                                           nn.ReLU(), nn.Linear(4 * width, width))
         # In a tuple, since what stands in one is no part of this module: neither trained nor saved.
         self.previous = ()
 

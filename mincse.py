@@ -182,7 +182,9 @@ def read_inputs(given: dict) -> Inputs:
                                   width=model.config.width, columns=len(corpus.columns))
         test = read_test(config.test, own)
         dev = None if config.dev == "none" else read_test(config.dev, own, split="dev")
-        doctor = data.doctor(corpus, tokenizer, max_tokens=config.max_tokens)
+        doctor, *others = [data.doctor(each, tokenizer, max_tokens=config.max_tokens)
+                           for each in (corpus, *later)]
+        doctor |= {"later": others} if others else {}
     with exits(2):
         settings.validate(config)
         check(config, len(corpus.columns), layers=model.config.layers)
@@ -498,7 +500,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(given["threads"])
     seeds = given.pop("seeds", None)
     inputs = read_inputs(given)
-    print("\n".join(data.doctor_lines(inputs.doctor)), file=sys.stderr)
+    for doctor in (inputs.doctor, *inputs.doctor.get("later", ())):
+        print("\n".join(data.doctor_lines(doctor)), file=sys.stderr)
     if inputs.config.positives.startswith("switch-case") and not inputs.tokenizer.cased:
         print(f"mincse.py: NOTICE: --positives {inputs.config.positives} is off: to the uncased "
               f"tokenizer of {inputs.config.encoder} both cases are the same", file=sys.stderr)

@@ -33,6 +33,7 @@ from losses import class_cosines, participation_ratio
 from model import Encoder, SentenceEncoder, encode
 
 PROBE = 512                           # sentences held out of a corpus, at most a tenth of it
+LEAST = 20                            # sentences that a probe is drawn from
 ROUND_DECAY = 0.998                   # of the learning rate, from round to round (their scripts)
 SEED_STEP = 1000                      # stages draw apart from each other, and --seeds 0-4 too
 
@@ -216,7 +217,7 @@ def tasks_of(corpora: Sequence[Corpus]) -> tuple[list[Corpus], dict[str, TwinTes
         texts = corpus.columns[0]
         fresh = [row for row, text in enumerate(texts) if text not in seen]
         long = [row for row in fresh if len(texts[row].split()) >= 8]   # halves that say something
-        probe, _ = hold_out(texts, long or fresh)
+        probe, _ = hold_out(texts, long if len(long) >= LEAST else fresh)
         asked = {texts[row] for row in probe}
         tasks.append(part(corpus, [row for row in fresh if texts[row] not in asked]))
         probes[name] = halves([texts[row] for row in probe])
@@ -340,7 +341,7 @@ def check_sequence(config: Config, corpora: Sequence[Corpus]) -> None:
             raise ValueError(f"{title}: expected sentences without labels, found "
                              f"{len(corpus.columns)} columns in {corpus.name}")
     for name, task in zip(short_names(corpora), tasks_of(corpora)[0]):
-        if len(task) < config.batch_size:
-            raise ValueError(f"{title}: --batch-size {config.batch_size} needs as many sentences, "
-                             f"found {len(task)} in {name} without its probe and what corpora "
-                             "before it have, too")
+        if len(task) < max(config.batch_size, LEAST):
+            raise ValueError(f"{title}: expected at least {max(config.batch_size, LEAST)} "
+                             f"sentences in {name} beside its probe that no corpus before it has, "
+                             f"found {len(task)}: use a smaller --batch-size or more text")
