@@ -470,7 +470,11 @@ def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
     scored = -(-job.steps // config.dev_every) if job.inputs.dev else 0
     tokens = job.steps * config.batch_size * min(job.inputs.doctor["mean tokens"],
                                                  config.max_tokens)
+    regime = regimes.of(config)
+    stages = [f"stages: {regime.count(config)}; below, one on all of {job.inputs.corpus.name}"
+              ] if regime else []
     return "\n".join([
+        *stages,
         f"steps: {job.steps} of {config.batch_size} rows, at {seconds:.3f} s",
         f"tokens: about {tokens / 1e6:.1f} million per column",
         f"dev scores: {scored}, at {scoring:.1f} s",

@@ -66,6 +66,11 @@ def hold_out(texts: Sequence[str], rows: Sequence[int]) -> tuple[list[int], list
     return probe, [row for row in rows if texts[row] not in asked]
 
 
+def or_nan(value: float | None) -> float:
+    """A figure as metrics.jsonl has it: what JSON had to leave out was no number."""
+    return math.nan if value is None else value
+
+
 # ---- federated ------------------------------------------------------------------------------
 
 def balanced_dirichlet(labels: Tensor, clients: int, *, alpha: float, seed: int
@@ -171,8 +176,8 @@ def federated_report(job, rows: list[dict]) -> tuple[str, dict]:
     probe, _ = hold_out(texts, range(len(texts)))
     before = collapse(at_start(job)([texts[row] for row in probe]), labels[probe])
     shown = ["drift", *before, "class_accuracy"]
-    lines = {f"round {row['step']}": {name: row[name] for name in shown}
-             | ({"dev": row["dev"]["avg"]} if "dev" in row else {}) for row in rows}
+    lines = {f"round {row['step']}": {name: or_nan(row[name]) for name in shown}
+             | ({"dev": or_nan(row["dev"]["avg"])} if "dev" in row else {}) for row in rows}
     size = sum(t.numel() * t.element_size() for t in job.parts.parameters()) / 2**20
     takers = len(taking_part(job.config, 1))
     text = "\n\n".join([
@@ -276,7 +281,7 @@ def continual_report(job, rows: list[dict]) -> tuple[str, dict]:
     chance = Probes(probes | {"test": job.inputs.test}).score(ask).scores
     matrix = {f"after {name}": row["after"] for name, row in zip(probes, rows)}
     lines = {"random weights": chance, "before": rows[0]["before"], **matrix}
-    lines = {name: {task: number(row[task]) for task in (*probes, "test")}
+    lines = {name: {task: or_nan(row[task]) for task in (*probes, "test")}
              for name, row in lines.items()}
     measures = transfer([[lines[name][task] for task in probes] for name in matrix],
                         [chance[task] for task in probes])
@@ -286,11 +291,6 @@ def continual_report(job, rows: list[dict]) -> tuple[str, dict]:
         table(lines), "Over the corpora: "
         + ", ".join(f"{name} {value:.2f}" for name, value in measures.items()) + "."])
     return text + "\n", {"matrix": lines, "transfer": measures}
-
-
-def number(value: float | None) -> float:
-    """What JSON had to leave out was no number."""
-    return math.nan if value is None else value
 
 
 # ---- the menu -------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ def check(config: Config, corpora: Sequence[Corpus]) -> None:
 
 def check_clients(config: Config, corpus: Corpus) -> None:
     """Every client must fill a batch."""
-    share = (len(corpus) - min(PROBE, len(corpus) // 10)) // config.clients
+    share = len(hold_out(corpus.columns[0], range(len(corpus)))[1]) // config.clients
     if share < config.batch_size:
         raise ValueError(f"--clients {config.clients}: expected at least --batch-size "
                          f"{config.batch_size} sentences for each, found {share}: use fewer "

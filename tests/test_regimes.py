@@ -435,6 +435,15 @@ def test_a_refusal_comes_before_the_first_step_with_exit_code_2(program, capsys,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_says_how_many_stages_there_are(program, sentences, others, tmp_path, capsys):
+    program("--dry-run", **FED)
+    assert "stages: 4; below, one on" in capsys.readouterr().out
+    sequence(program, sentences, others, "--dry-run")
+    assert "stages: 2; below, one on" in capsys.readouterr().out
+    program("--dry-run")
+    assert "stages" not in capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("settings, said", [
     (dict(rounds=0), "--rounds: expected above 0"), (dict(alpha=0.), "--alpha: expected above 0"),
     (dict(client_share=1.5), "--client-share: expected from 0 to 1"),
