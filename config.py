@@ -10,13 +10,14 @@ wins. A weight of 0 turns a term off, so there are no on/off flags for terms.
 import argparse
 from dataclasses import dataclass, field, fields, replace
 
-from losses import LOSSES
+from losses import LOSSES, RELAXED
 from methods import METHODS, PAPERS
 from positives import POSITIVES
 
-def flag(default, group: str, text: str, choices=None):
-    """A field of Config together with its place in --help."""
-    return field(default=default, metadata={"group": group, "help": text, "choices": choices})
+def flag(default, group: str, text: str, choices=None, *, several: bool = False):
+    """A field of Config together with its place in --help; `several` values make a list."""
+    return field(default=default, metadata={"group": group, "help": text, "choices": choices,
+                                            "several": several})
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Config:
     head: str = flag("recipe", "what to train", "tanh layer on top: only while training, kept, or "
                      "none (SimCSE Table 6)", ["recipe", "train", "keep", "none"])
 
-    corpus: str = flag("docs", "data", "docs, wiki1m, nli, or a .txt, .csv, .tsv file (or .gz)")
+    corpus: str = flag("docs", "data", "docs, wiki1m, nli, or a .txt, .csv, .tsv file (or .gz); "
+                       "pnr, simcse: several in a row are learned one after the other",
+                       several=True)
     data: str = flag("", "data", "folder with own copies of the data (or MINCSE_DATA)")
     teacher: str = flag("", "data", "twins, debcse, kdmcse: a trained encoder to learn from; "
                         "kdmcse also takes a file of its vectors: .npy, .safetensors")
@@ -82,6 +85,21 @@ class Config:
     focus: float = flag(1.0, "loss", "core-tuning: γ on positives known already (code)")
     contrast_weight: float = flag(1.0, "loss", "core-tuning: η of the contrastive loss (ours)")
     classifier_weight: float = flag(1.0, "loss", "core-tuning: of the pair classifier's loss")
+    pseudo_weight: float = flag(1.0, "loss", "pnr: w of pseudo-negatives; 0: distillation only")
+    distillation_weight: float = flag(1.0, "loss", "pnr: λ of distillation (their code)")
+    classes: int = flag(20, "loss", "fedrcl: k-means clusters of the corpus")
+    relaxed: str = flag("all-pairs", "loss", "fedrcl: pairs of a class that count; hardest: as in "
+                        "their code", RELAXED)
+    levels: int = flag(3, "loss", "fedrcl: layers compared, evenly spaced; 1: the last (ours)")
+    ce_weight: float = flag(1.0, "loss", "fedrcl: weight of telling the class (their code)")
+    scl_weight: float = flag(1.0, "loss", "fedrcl: weight of attraction (their code)")
+    penalty_weight: float = flag(1.0, "loss", "fedrcl: β of the brake on it (their code)")
+    penalty_threshold: float = flag(0.7, "loss", "fedrcl: λ, cosine where it begins (their code)")
+
+    clients: int = flag(0, "federation", "fedrcl: the corpus is split among so many; 0: none")
+    rounds: int = flag(20, "federation", "of local training and averaging (ours)")
+    alpha: float = flag(0.1, "federation", "of the Dirichlet split: low, clients know few classes")
+    client_share: float = flag(0.5, "federation", "of the clients that take part in a round (ours)")
 
     epochs: int = flag(1, "optimisation", "passes over the corpus (recipe)")
     steps: int = flag(0, "optimisation", "exactly so many steps instead, schedule included")
@@ -140,9 +158,8 @@ OF_METHOD = {
     ("debcse", "large"): dict(twin_rate=0.25),
     ("debcse", "small"): dict(batch_size=128, twin_rate=0.25),
     ("diffcse", "small"): dict(epochs=2),                                  # ours
-    ("core-tuning", "base"): dict(head="none"),        # it mixes before a head of its own
-    ("core-tuning", "large"): dict(head="none"),
-    ("core-tuning", "small"): dict(head="none"),
+    **{("core-tuning", size): dict(head="none") for size in ("base", "large", "small")},  # own one
+    **{("fedrcl", size): dict(head="none") for size in ("base", "large", "small")},
 }
 
 
@@ -159,7 +176,8 @@ def recipe(config: Config, *, model_type: str, width: int, columns: int) -> dict
     table = SUPERVISED[size] if supervised else UNSUPERVISED[unsupervised_size]
     # SimCSE's code builds a head for [CLS] only; supervised models keep it (Table 6).
     head = "none" if config.pooling != "cls" else "keep" if supervised else "train"
-    dev = "stsb" if config.test in ("sts", "stsb") else "none"
+    in_sequence = len(names(config.corpus)) > 1                   # each corpus to its last step
+    dev = "stsb" if config.test in ("sts", "stsb") and not in_sequence else "none"
     return {**table, "head": head, "dev": dev, **OF_METHOD.get((config.method, size), {}),
             **OF_METHOD.get((config.method, unsupervised_size), {})}
 
@@ -199,6 +217,18 @@ def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def names(corpus: str | list[str]) -> list[str]:
+    """The corpora of a run: one, or several to be learned one after the other."""
+    return [corpus] if isinstance(corpus, str) else corpus
+
+
+class OneOrMore(argparse.Action):
+    """A single value stays what it is; several become a list."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
+
+
 def seed_range(text: str) -> list[int]:
     """"0-4" -> [0, 1, 2, 3, 4]."""
     first, _, last = text.partition("-")
@@ -220,7 +250,8 @@ def parser() -> argparse.ArgumentParser:
         name = f.metadata["group"]
         group = groups.setdefault(name, top.add_argument_group(name))
         shown = f" [{f.default}]" if f.default not in ("", "recipe") else ""
-        group.add_argument(dashed(f.name), type=f.type,
+        many = {"nargs": "+", "action": OneOrMore} if f.metadata["several"] else {}
+        group.add_argument(dashed(f.name), type=f.type, **many,
                            choices=f.metadata["choices"], metavar=metavar(f),
                            help=(f.metadata["help"] + shown).replace("%", "%%"))
     groups["optimisation"].add_argument("--seeds", type=seed_range, metavar="A-B",
@@ -237,13 +268,15 @@ def metavar(f) -> str | None:
 
 POSITIVE = ("retrieve_from", "propensity_bins", "annotation_rounds", "mate_temperature",
             "temperature", "learning_rate", "clip", "smoothing_temperature", "max_tokens", "epochs",
-            "dev_every", "cluster_rounds", "mixing_alpha")
+            "dev_every", "cluster_rounds", "mixing_alpha", "levels", "rounds", "alpha",
+            "client_share")
 AT_LEAST_0 = ("hard_negative_weight", "mlm_weight", "weight_decay", "neighbours", "alpha_start",
               "steps", "threads", "seed", "twins_weight", "queue_batches",
               "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved", "clusters",
-              "focus", "contrast_weight", "classifier_weight")
+              "focus", "contrast_weight", "classifier_weight", "pseudo_weight",
+              "distillation_weight", "ce_weight", "scl_weight", "penalty_weight", "clients")
 UP_TO = {"accepted": 1, "twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
-         "angular_margin": 1.5}                                   # below a right angle
+         "client_share": 1, "penalty_threshold": 1, "angular_margin": 1.5}   # below a right angle
 SHARE = ("annotation_quantile", "rate", "dropout", "mlm_rate", "rtd_rate")
 
 
@@ -257,6 +290,8 @@ def validate(config: Config) -> None:
         broken.append(("batch_size", "2 or more, since the others of a batch are the negatives"))
     if config.largest_cluster < 2:
         broken.append(("largest_cluster", "2 or more, since alone nobody has a mate"))
+    if config.classes < 2:
+        broken.append(("classes", "2 or more, since with one there is nothing to tell apart"))
     if config.alpha_end < config.alpha_start:
         broken.append(("alpha_end", f"at least --alpha-start, {config.alpha_start}"))
     broken += [(name, f"from 0 to {most}") for name, most in UP_TO.items()

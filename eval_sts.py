@@ -279,12 +279,12 @@ def oversmoothing(model: SentenceEncoder, tokenizer: corpora.Tokenizer, texts: S
 
 # ---- showing --------------------------------------------------------------------------------
 
-def table(rows: dict[str, dict[str, float]]) -> str:
+def table(rows: dict[str, dict[str, float]], *, digits: int = 2) -> str:
     """Markdown: one row per name, one column per task, and the average of several tasks."""
     tasks = list(next(iter(rows.values())))
     tasks = tasks if len(tasks) > 3 else [task for task in tasks if task != "avg"]
     lines = [["", *tasks], ["---", *("--:" for _ in tasks)]]
-    lines += [[name, *(f"{row[task]:.2f}" for task in tasks)] for name, row in rows.items()]
+    lines += [[name, *(f"{row[task]:.{digits}f}" for task in tasks)] for name, row in rows.items()]
     width = [max(len(line[i]) for line in lines) for i in range(len(tasks) + 1)]
     return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, width)) + " |"
                      for line in lines)

@@ -145,6 +145,68 @@ def many_positives(logits: Tensor, positive: Tensor, *, focus: float = 0.0) -> T
     return (each.sum(dim=1) / positive.sum(dim=1)).mean()
 
 
+def pseudo_negative_nce(anchor: Tensor, positive: Tensor, others: Tensor, *,
+                        temperature: float = 0.05, pseudo_weight: float = 1.0) -> Tensor:
+    """InfoNCE with a second vector of every other sentence among the negatives.    (B, D)s -> ()
+
+        loss = mean_i  -log  exp(s(a_i, p_i)) / (Σ_j exp(s(a_i, p_j)) + w Σ_{j≠i} exp(s(a_i, o_j)))
+        s(a, b) = cos(a, b) / τ
+
+    PNR (Cha, Cho, Moon 2024) uses it twice: to learn, `others` are vectors of the previous model;
+    to remember, the positives are those and `others` the present ones. The sentence's own second
+    vector is no negative, as in the authors' MoCo form; their SimCLR form lets it be one.
+    """
+    own = torch.eye(len(anchor), dtype=anchor.dtype, device=anchor.device)
+    weight = torch.cat([torch.ones_like(own), pseudo_weight * (1 - own)], dim=1)    # (B, 2B)
+    return info_nce(anchor, torch.cat([positive, others]), temperature=temperature, weight=weight)
+
+
+def relaxed_all_pairs(x: Tensor, labels: Tensor, *, temperature: float = 0.05,
+                      threshold: float = 0.7) -> tuple[Tensor, Tensor]:
+    """Attraction of sentences with one label, and its brake.    (B, D), (B,) -> (A,), (B,)
+
+        contrast_i = mean_{j in P_i} -log  exp(s_ij / τ) / Σ_{k≠i} exp(s_ik / τ)
+        penalty_i  = log(exp(1 / τ) + Σ_{j in P_i, s_ij > λ} exp(s_ij / τ)) - 1 / τ
+
+    P_i: the others of the batch with its label; the A anchors that have any make the contrast.
+    Without the penalty a class collapses to a point. FedRCL (Seo et al. 2024); the form over all
+    pairs is the one their abstract speaks of, written down by us.
+    """
+    s = cosine(x, x)                                              # (B, B)
+    own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    mates = (labels[:, None] == labels) & ~own
+    count = mates.sum(dim=1)                                      # (B,)
+    surprise = (s / temperature).masked_fill(own, -math.inf).logsumexp(dim=1)
+    contrast = surprise - (s * mates).sum(dim=1) / count.clamp(min=1) / temperature
+    # Shifted by 1, so that nothing near exp(20) is ever computed; the 1 itself stands at (i, i).
+    excess = ((s - 1) / temperature).masked_fill(~(mates & (s > threshold)), -math.inf)
+    return contrast[count > 0], excess.masked_fill(own, 0).logsumexp(dim=1)
+
+
+def relaxed_hardest(x: Tensor, labels: Tensor, *, temperature: float = 0.05,
+                    threshold: float = 0.7) -> tuple[Tensor, Tensor]:
+    """The same from the hardest pairs alone.    (B, D), (B,) -> (B,), (B,)
+
+        contrast_i = -log  exp(s⁺ / τ) / (exp(s⁺ / τ) + the two nearest of other labels)
+        penalty_i  = log(1 + exp((m - 1) / τ)),   m = min_{j in P_i} s_ij, or -1 where it is < λ
+
+    s⁺ is the least cosine with the same label, the anchor's with itself included: so alone of its
+    label it still has a positive. As in FedRCL's released code.
+    """
+    s = cosine(x, x)                                              # (B, B)
+    same = labels[:, None] == labels
+    own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    positive = s.masked_fill(~same, math.inf).amin(dim=1)                           # (B,)
+    negatives = s.masked_fill(same, -math.inf).topk(min(2, len(s)), dim=1).values   # (B, 2)
+    logits = torch.cat([positive[:, None], negatives], dim=1) / temperature
+    least = s.masked_fill(~same | own, math.inf).amin(dim=1)      # (B,), infinity where alone
+    braked = (least >= threshold) & (least < math.inf)
+    return (logits.logsumexp(dim=1) - logits[:, 0],
+            F.softplus((least.where(braked, -1) - 1) / temperature))
+
+
+RELAXED = {"all-pairs": relaxed_all_pairs, "hardest": relaxed_hardest}
+
 LOSSES = {"info-nce": info_nce, "focal": focal_info_nce}
 
 
@@ -184,3 +246,20 @@ def uniformity(x: Tensor, *, chunk: int = 1024) -> Tensor:        # (N, D) -> ()
         closeness = torch.exp(4 * (rows @ x[start:].mT) - 4)      # |u - v|² = 2 - 2 u·v
         total += closeness.triu(diagonal=1).sum(dtype=torch.float64)
     return (total / math.comb(len(x), 2)).log()
+
+
+def class_cosines(x: Tensor, labels: Tensor) -> tuple[float, float]:   # (N, D), (N,)
+    """Mean cosine of two rows of one label, and of two labels: (1, low) is collapse by class."""
+    s, same = cosine(x, x), labels[:, None] == labels             # (N, N)s
+    others = ~torch.eye(len(s), dtype=torch.bool, device=s.device)
+    return s[same & others].mean().item(), s[~same].mean().item()
+
+
+def participation_ratio(x: Tensor) -> float:                      # (N, D)
+    """How many directions the embeddings fill: from 1, all on a line, to D, a ball.
+
+        (Σ λ)² / Σ λ²,   λ the eigenvalues of their covariance
+    """
+    x = F.normalize(x, dim=-1)
+    covariance = (x - x.mean(dim=0)).mT @ (x - x.mean(dim=0))     # (D, D)
+    return (covariance.trace().square() / covariance.square().sum()).item()

@@ -31,11 +31,12 @@ from tqdm import tqdm
 from data import Tokenizer, batches, encoder_folder, mask_tokens
 from eval_sts import open_encoder
 from folders import load, load_masked_lm, read_config
-from losses import (LOSSES, angular_margin_nce, cosine, detection_loss, innate_margin,
-                    many_positives, twin_gap, twins_loss)
+from losses import (LOSSES, RELAXED, angular_margin_nce, cosine, detection_loss, innate_margin,
+                    many_positives, pseudo_negative_nce, twin_gap, twins_loss)
 from model import POOLINGS, Head, MaskedLMHead, Projector, SentenceEncoder, encode
 from negatives import (EMPTY, Words, accept, assign, by_chance, debiased_pairs, draw,
-                       false_negatives, first_texts, index, input_weight, kmeans, nearest_others)
+                       false_negatives, first_texts, index, input_weight, kmeans, nearest_others,
+                       topics)
 from positives import (ANNOTATION_FIGURES, POSITIVES, Annotation, HardPairs, MemoryBuffer, Others,
                        adjusted_rand, annotate, crop, delete_words, find_documents, hard_pairs,
                        harder, mate_table, repeat_words, swap_words, text_numbers)
@@ -86,6 +87,9 @@ class SimCSE(nn.Module):
 
     def prepare(self, encode: Callable, seed: int) -> None:
         """Look at the whole corpus with the present encoder, once before the first step."""
+
+    def follow(self, model: SentenceEncoder) -> None:
+        """Look at the model of the stage before, with which this one starts (regimes.py)."""
 
     def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
         """How many steps train on which rows, stretch after stretch. Usual: all on all."""
@@ -761,9 +765,118 @@ class CoreTuning(SimCSE):
         return F.cross_entropy(self.classify(pairs), labels)
 
 
+class FedRCL(SimCSE):
+    """Sentences of one class attract each other, but those that are close already are held apart.
+
+        loss = w_ce · CE(class of x) + mean over levels of (w_scl · contrast + β · penalty)
+
+    A level is a layer, pooled: of 12 layers and 3 levels 4, 8 and 12. Plain supervised contrast
+    (β = 0) lets every class collapse to a point. Seo et al. 2024, for clients that see few
+    classes: `--clients`, regimes.py. Theirs are images. On text all is ours: classes are k-means
+    clusters of the corpus as the encoder sees it at the start, and one view of a sentence does.
+    """
+    columns_taken = (1,)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        self.pool = POOLINGS[model.pooling]
+        self.relaxed = partial(RELAXED[config.relaxed], temperature=config.temperature,
+                               threshold=config.penalty_threshold)
+        depths = range(1, config.levels + 1)
+        self.layers = [round(model.config.layers * level / config.levels) for level in depths]
+        self.classifier = nn.Linear(model.config.width, config.classes)
+        self.register_buffer("labels", torch.full((len(corpus.columns[0]),), UNKNOWN))   # (N,)
+
+    def prepare(self, encode: Callable, seed: int) -> None:
+        """Cluster the corpus, unless a federation has given every sentence its class."""
+        if UNKNOWN in self.labels:
+            ask = partial(encode, pooling="mean", max_tokens=self.config.max_tokens)
+            labels = topics(ask(self.corpus.columns[0]), self.config.classes, seed=seed)
+            self.labels.copy_(labels)
+            print(f"mincse.py: classes: {labels.unique().numel()} clusters of {len(labels):,} "
+                  f"sentences, the largest of {labels.bincount().max():,}", file=sys.stderr)
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        return [[self.view(self.corpus.columns[0][row], rng) for row in rows]]
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        config, labels, self.parts = self.config, self.labels[out.rows], {}
+        levels = [self.pool([out.hidden[layer]], out.mask).to(out.anchor.dtype)
+                  for layer in self.layers]                       # K x (B, D)
+        same = (labels[:, None] == labels).fill_diagonal_(False)
+        close = cosine(levels[-1], levels[-1]) > config.penalty_threshold
+        # `close_mates`: of the pairs of one class the share that the penalty holds apart.
+        self.parts["close_mates"] = (same & close).sum() / same.sum().clamp(min=1)
+        total = out.anchor.new_zeros(())
+        if config.ce_weight:
+            self.parts["ce_loss"] = F.cross_entropy(self.classifier(levels[-1]), labels)
+            total = total + config.ce_weight * self.parts["ce_loss"]
+        if config.scl_weight or config.penalty_weight:
+            terms = [self.relaxed(x, labels) for x in levels]
+            # Where no two sentences share a class, there is nothing to attract.
+            contrast = sum(each.sum() / max(len(each), 1) for each, _ in terms) / len(terms)
+            penalty = sum(each.mean() for _, each in terms) / len(terms)
+            self.parts |= {"contrast": contrast, "penalty": penalty}
+            total = total + config.scl_weight * contrast + config.penalty_weight * penalty
+        self.parts = {name: part.detach() for name, part in self.parts.items()}
+        return total
+
+
+UNKNOWN = -1                          # the class of a sentence before the corpus was clustered
+
+
+class PNR(SimCSE):
+    """The model of the corpus before is both what is remembered and what is not to be repeated.
+
+        loss = L(z, z'; f) + λ · L(g(z), f; z'),   L(a, p; o): InfoNCE of a among the positives p
+                                                   and, as pseudo-negatives, the o of the others
+    z, z': two views now; f: what the frozen previous model makes of the sentence; g: a predictor.
+
+    Cha, Cho, Moon 2024, in the form of their MoCo code (the own f is no negative, no gradient
+    through the z' of the second term) with the batch in place of its queue. Theirs are images;
+    on text all is ours: f has no dropout, g normalizes by layer, one order of the views. On the
+    first corpus it is SimCSE. `--pseudo-weight 0` leaves distillation alone, λ = 0 SimCSE with
+    pseudo-negatives. Costs 1.2 steps of SimCSE.
+    """
+    columns_taken = (1,)
+
+    def __init__(self, corpus, config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        width = model.config.width
+        with torch.random.fork_rng(devices=[]):                   # the head is drawn as in SimCSE
+            self.predictor = nn.Sequential(nn.Linear(width, 4 * width), nn.LayerNorm(4 * width),
+                                           nn.ReLU(), nn.Linear(4 * width, width))
+        # In a tuple, since what stands in one is no part of this module: neither trained nor saved.
+        self.previous = ()
+
+    def follow(self, model: SentenceEncoder) -> None:
+        previous = deepcopy(model).eval().requires_grad_(False)
+        previous.keep_head = True                                 # as it stood in the loss
+        self.previous = (previous,)
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        if not self.previous:
+            return super().loss(out)
+        batch, now = len(out.anchor), out.positive
+        with torch.no_grad(), torch.autocast(out.ids.device.type, torch.bfloat16,
+                                             enabled=out.bf16):
+            before = self.previous[0](out.ids[:batch], out.mask[:batch]).to(now.dtype)   # (B, D)
+        contrast = partial(pseudo_negative_nce, temperature=self.config.temperature,
+                           pseudo_weight=self.config.pseudo_weight)
+        learned = contrast(out.anchor, now, before)
+        # `kept`: how far sentences are where the previous model had them.
+        kept = F.cosine_similarity(out.anchor, before).mean()
+        self.parts = {"plasticity_loss": learned.detach(), "kept": kept.detach()}
+        if not self.config.distillation_weight:
+            return learned
+        remembered = contrast(self.predictor(out.anchor), before, now.detach())
+        self.parts["stability_loss"] = remembered.detach()
+        return learned + self.config.distillation_weight * remembered
+
+
 METHODS = {"simcse": SimCSE, "is-cse": ISCSE, "infocse": InfoCSE, "sscl": SSCL, "kdmcse": KDMCSE,
             "twins": Twins, "diffcse": DiffCSE, "cards": CARDS, "debcse": DebCSE,
-            "ifnd": IFND, "core-tuning": CoreTuning}
+            "ifnd": IFND, "core-tuning": CoreTuning, "fedrcl": FedRCL, "pnr": PNR}
 
 
 @dataclass(frozen=True)
@@ -818,6 +931,12 @@ PAPERS = [
     Paper("--method core-tuning --corpus nli", "the hardest pairs are mixed into harder ones",
           "Zhang, Hooi, Hu, Liang, Feng: Core-tuning. NeurIPS 2021, arXiv 2102.06605",
           "none on text: theirs is on images"),
+    Paper("--method fedrcl --clients 8", "a class attracts but must not collapse, client by client",
+          "Seo, Kim, Kim, Han: FedRCL. CVPR 2024, arXiv 2401.04928",
+          "none on text: theirs are of images"),
+    Paper("--method pnr --corpus A B", "the model of the last corpus as teacher and as negatives",
+          "Cha, Cho, Moon: PNR. ICML 2024, arXiv 2306.05101",
+          "none on text: theirs are of images"),
     Paper("python pruning.py RUN", "heads and neurons that matter least to alignment and "
           "uniformity are removed", "An, Zhang, Song: SparseCSE. arXiv 2311.03881",
           "none verified; the units and the score are those of the authors' StarK"),
@@ -856,6 +975,10 @@ def check(config, columns: int, *, layers: int | None = None) -> None:
                          "use --loss info-nce, or --false-negatives eliminate")
     if config.method == "core-tuning":
         check_core_tuning(config)
+    if config.method in ("fedrcl", "pnr") and config.loss != "info-nce":
+        raise ValueError(f"--method {config.method} has a loss of its own, found --loss "
+                         f"{config.loss}: use --loss info-nce")
+    check_fedrcl(config, layers)
     check_teacher(config)
 
 
@@ -906,3 +1029,18 @@ def check_teacher(config) -> None:
     if config.loss != "info-nce":
         raise ValueError(f"--method kdmcse has its own loss, InfoNCE with a margin on negatives, "
                          f"found --loss {config.loss}: use --loss info-nce")
+
+
+def check_fedrcl(config, layers: int | None) -> None:
+    """FedRCL compares pooled layers by a loss of its own, and one of its terms must count."""
+    if config.method != "fedrcl":
+        return
+    if layers is not None and config.levels > layers:
+        raise ValueError(f"--levels: expected at most {layers}, the layers of {config.encoder}, "
+                         f"found {config.levels}")
+    if config.head != "none":
+        raise ValueError(f"--method fedrcl compares layers without a head, found --head "
+                         f"{config.head}: use --head none")
+    if not (config.ce_weight or config.scl_weight or config.penalty_weight):
+        raise ValueError("--ce-weight, --scl-weight, --penalty-weight: expected one above 0, found "
+                         "0 for each: nothing would be learned")

@@ -9,6 +9,7 @@ Read `train` first: it is the algorithm box, and all the rest serves it.
     config.py     what can be set          data.py       texts, tokens, batches
     methods.py    views and loss of a paper   model.py   encoder, poolings, heads
     eval_sts.py   scores                   runs.py       the folder that a run leaves
+    regimes.py    several runs in a row
 
 Order of a run: read everything and check it, score the start, train while the best model by the
 dev score is kept on disk, score the best.
@@ -16,6 +17,7 @@ dev score is kept on disk, score the best.
 
 import random
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -36,6 +38,7 @@ from tqdm import tqdm
 
 import config as settings
 import data
+import regimes
 import runs
 from config import Config
 from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pick_device,
@@ -142,6 +145,8 @@ def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Itera
 @torch.no_grad()
 def figures(out: Encoded) -> dict[str, float]:
     """What the batch looked like to the loss: on embeddings with dropout and the training head."""
+    if len(out.columns) == 1:                                     # labels instead of positives
+        return {"uniformity": uniformity(out.anchor).item()}
     likeness = cosine(out.anchor, out.positive)                   # (B, B)
     own = likeness.diagonal()
     others = (likeness.sum() - own.sum()) / (likeness.numel() - len(own))
@@ -163,6 +168,8 @@ class Inputs:
     config: Config                    # all defaults and recipes filled in
     doctor: dict
     device: torch.device
+    later: tuple[data.Corpus, ...] = ()   # what a sequence goes on with (regimes.py)
+    start: dict | None = None         # the parts that a stage takes over from the one before
 
 
 def read_inputs(given: dict) -> Inputs:
@@ -173,22 +180,25 @@ def read_inputs(given: dict) -> Inputs:
         device = pick_device(asked.device)
     with exits(3):
         own = Path(asked.data) if asked.data else None
-        corpus = data.read_corpus(asked.corpus, own)
+        corpus, *later = [data.read_corpus(name, own) for name in settings.names(asked.corpus)]
         folder = data.encoder_folder(asked.encoder)
         model, tokenizer = open_encoder(folder, pooling=asked.pooling)
         config = settings.resolve(given, model_type=model.config.model_type,
                                   width=model.config.width, columns=len(corpus.columns))
         test = read_test(config.test, own)
         dev = None if config.dev == "none" else read_test(config.dev, own, split="dev")
-        doctor = data.doctor(corpus, tokenizer, max_tokens=config.max_tokens)
+        doctor, *others = [data.doctor(each, tokenizer, max_tokens=config.max_tokens)
+                           for each in (corpus, *later)]
+        doctor |= {"later": others} if others else {}
     with exits(2):
         settings.validate(config)
         check(config, len(corpus.columns), layers=model.config.layers)
         check_fit(config, len(corpus), model.config.usable_positions)
+        regimes.check(config, [corpus, *later])
     if METHODS[config.method].reads_teacher:
         with exits(3):
             corpus = replace(corpus, teacher=read_teacher(config.teacher, corpus, device))
-    return Inputs(corpus, tokenizer, folder, dev, test, config, doctor, device)
+    return Inputs(corpus, tokenizer, folder, dev, test, config, doctor, device, tuple(later))
 
 
 def check_fit(config: Config, rows: int, positions: int) -> None:
@@ -234,6 +244,9 @@ def build(inputs: Inputs, config: Config) -> Job:
         model.head = parts["method"].head(width)
         model.keep_head = config.head == "keep"
     parts.to(inputs.device)
+    if inputs.start:
+        parts.load_state_dict(inputs.start)
+        parts["method"].follow(model)
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=config.weight_decay, fused=True)
     per_epoch = len(inputs.corpus) // config.batch_size
     return Job(config, inputs, parts, optimizer, config.steps or config.epochs * per_epoch,
@@ -364,7 +377,41 @@ def score_start(job: Job) -> Result:
     return result
 
 
-def finish(job: Job, folder: Path, state: runs.State, *, keep_state: bool) -> dict:
+def run_stages(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
+    """One seed of a regime: several runs, one after the other, each a step of this one."""
+    regime = regimes.of(config)
+    with exits(3):
+        job = build(inputs, config)
+    with exits(2):
+        done = runs.claim(folder, config, resume=options["resume"], overwrite=options["overwrite"])
+    if done:
+        return done
+    with exits(3):
+        state = runs.load_state(folder, job.parts, job.optimizer)
+    if state is None:
+        runs.describe(folder, config, command(), inputs.doctor)
+        state = runs.State(before=asdict(score_start(job)))
+        job.parts["method"].prepare(job.encode, config.seed)
+        runs.save_state(folder, state, job.parts, job.optimizer)
+    for row in regime.stages(job, partial(run_stage, folder), first=state.step + 1):
+        state, scores = keep_best(job, folder, replace(state, step=state.step + 1))
+        runs.add_line(folder, {"step": state.step, **row, **scores})
+        runs.save_state(folder, state, job.parts, job.optimizer)
+        shutil.rmtree(folder / runs.STAGES)
+    more = regime.report(job, runs.lines(folder))
+    return finish(job, folder, state, keep_state=options["keep_state"], more=more)
+
+
+def run_stage(folder: Path, inputs: Inputs, config: Config, name: str) -> tuple[dict, dict]:
+    """A run inside a run: all parts as it left them, and its results with its last loss."""
+    folder = folder / runs.STAGES / name
+    results = run(inputs, config, folder, {"resume": True, "overwrite": False, "keep_state": True})
+    saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return saved["parts"], results | {"loss": runs.lines(folder)[-1]["loss"]}
+
+
+def finish(job: Job, folder: Path, state: runs.State, *, keep_state: bool,
+           more: tuple[str, dict] = ("", {})) -> dict:
     """Score the best model as it lies on disk, and write the results."""
     try:
         best = load(folder).to(job.inputs.device)
@@ -373,7 +420,7 @@ def finish(job: Job, folder: Path, state: runs.State, *, keep_state: bool) -> di
         print(f"mincse.py: trained and saved in {folder}, but the final evaluation failed: {error}"
               f"; try: python eval_sts.py {folder} --test {job.config.test}", file=sys.stderr)
         raise SystemExit(4) from None
-    return runs.conclude(folder, job.config, state, after, keep_state=keep_state)
+    return runs.conclude(folder, job.config, state, after, keep_state=keep_state, more=more)
 
 
 def command() -> str:
@@ -382,12 +429,17 @@ def command() -> str:
     return shlex.join(["python", *kept])
 
 
+def run_all(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
+    """One seed, in one run or in the several of a regime."""
+    return (run_stages if regimes.of(config) else run)(inputs, config, folder, options)
+
+
 def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> str:
     """One sub-folder per seed, then the spread over them."""
     results = {}
     for seed in seeds:
         config = replace(inputs.config, seed=seed)
-        results[seed] = run(inputs, config, folder / f"seed-{seed}", options)
+        results[seed] = run_all(inputs, config, folder / f"seed-{seed}", options)
         print(f"seed {seed}: average {results[seed]['test']['avg']:.2f}", file=sys.stderr)
     return runs.summarise(folder, inputs.config, results)
 
@@ -423,7 +475,11 @@ def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
     scored = -(-job.steps // config.dev_every) if job.inputs.dev else 0
     tokens = job.steps * config.batch_size * min(job.inputs.doctor["mean tokens"],
                                                  config.max_tokens)
+    regime = regimes.of(config)
+    stages = [f"stages: {regime.count(config)}; below, one on all of {job.inputs.corpus.name}"
+              ] if regime else []
     return "\n".join([
+        *stages,
         f"steps: {job.steps} of {config.batch_size} rows, at {seconds:.3f} s",
         f"tokens: about {tokens / 1e6:.1f} million per column",
         f"dev scores: {scored}, at {scoring:.1f} s",
@@ -453,7 +509,8 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(given["threads"])
     seeds = given.pop("seeds", None)
     inputs = read_inputs(given)
-    print("\n".join(data.doctor_lines(inputs.doctor)), file=sys.stderr)
+    for doctor in (inputs.doctor, *inputs.doctor.get("later", ())):
+        print("\n".join(data.doctor_lines(doctor)), file=sys.stderr)
     if inputs.config.positives.startswith("switch-case") and not inputs.tokenizer.cased:
         print(f"mincse.py: NOTICE: --positives {inputs.config.positives} is off: to the uncased "
               f"tokenizer of {inputs.config.encoder} both cases are the same", file=sys.stderr)
@@ -462,7 +519,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(inputs.config.out) if inputs.config.out else runs.default_folder(inputs.config)
     if seeds:
         return print(run_seeds(inputs, seeds, folder, options))
-    run(inputs, inputs.config, folder, options)
+    run_all(inputs, inputs.config, folder, options)
     print((folder / "results.md").read_text())
 
 

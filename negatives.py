@@ -407,3 +407,14 @@ def false_negatives(label: Tensor) -> Tensor:                     # (B,) -> (B, 
     """Which pairs share a label that was accepted of both; nobody is a negative of itself."""
     same = (label[:, None] == label) & (label != EMPTY)
     return same.fill_diagonal_(False)
+
+
+# ---- classes that nobody gave (FedRCL) ------------------------------------------------------
+
+def topics(x: Tensor, count: int, *, seed: int) -> Tensor:        # (N, D) -> (N,)
+    """The number of each row's k-means cluster, from 0: a class for those who have no labels.
+
+    On directions from the mean: all vectors of an encoder without training share one direction.
+    """
+    x = unit(x.float() - x.float().mean(dim=0))
+    return assign(x, kmeans(x, count, seed=seed))[0]

@@ -292,8 +292,8 @@ def mate_table(pairs: list[tuple], rows: list[int], *, width: int,
                temperature: float = 0.1) -> tuple[Tensor, Tensor]:   # -> (R, width), (R, width)
     """Each row's mates and their chances: the softmax of cosine / τ, or zeros without a mate."""
     cosines = {row: {} for row in rows}
-    for i, j, cosine, _ in pairs:
-        cosines[i][j] = cosines[j][i] = cosine
+    for i, j, near, _ in pairs:
+        cosines[i][j] = cosines[j][i] = near
     found = torch.zeros(len(rows), width, dtype=torch.int32)
     scores = torch.full((len(rows), width), -math.inf)
     for place, row in enumerate(rows):

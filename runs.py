@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import time
 from contextlib import contextmanager
@@ -25,9 +26,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from config import Config, dashed
+from config import Config, dashed, names
 from eval_sts import Result, plain, table
 
+STAGES = "stages"                     # folder of the runs inside a run (regimes.py), while it goes
 OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "args.json")
 HARMLESS = ("out", "device", "threads", "data")   # may differ when a run goes on elsewhere
 
@@ -64,7 +66,7 @@ def default_folder(config: Config) -> Path:
     """runs/METHOD-ENCODER-CORPUS, with the loss and the positives where they are not the usual."""
     extra = [config.loss] * (config.loss != "info-nce")
     extra += [config.positives] * (config.positives != "dropout")
-    corpus = Path(config.corpus).name.split(".")[0]
+    corpus = "-".join(Path(name).name.split(".")[0] for name in names(config.corpus))
     return Path("runs") / "-".join([config.method, *extra, Path(config.encoder).name, corpus])
 
 
@@ -86,6 +88,7 @@ def claim(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> dic
             return json.loads((folder / "results.json").read_text())
     for name in OWN_FILES if overwrite and not resume else ():
         (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / STAGES, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return None
 
@@ -201,18 +204,32 @@ class Log:
         return row
 
 
+def add_line(folder: Path, row: dict) -> None:
+    """A line of metrics.jsonl about a whole stage."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(plain(row)) + "\n")
+
+
+def lines(folder: Path) -> list[dict]:
+    """What metrics.jsonl holds."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 # ---- at the end -----------------------------------------------------------------------------
 
-def conclude(folder: Path, config: Config, state: State, after: Result, *,
-             keep_state: bool) -> dict:
-    """Write results.json, results.md and the model card; returns the results."""
+def conclude(folder: Path, config: Config, state: State, after: Result, *, keep_state: bool,
+             more: tuple[str, dict] = ("", {})) -> dict:
+    """Write results.json, results.md and the model card; returns the results.
+
+    `more`: what else there is to say, for readers and for results.json.
+    """
     before = state.before
     results = {"before": before["scores"], "test": after.scores, "before_mean": before["mean"],
                "mean": after.mean, "geometry_before": before["geometry"],
                "geometry": after.geometry, "pairs": after.pairs, "subsets": after.subsets,
                "dev": {} if config.dev == "none" else {"avg": state.best},
-               "best_step": state.best_step, "steps": state.step}
-    text = as_markdown(config, results)
+               "best_step": state.best_step, "steps": state.step, **more[1]}
+    text = "\n".join([as_markdown(config, results), *more[:1] * bool(more[0])])
     write_text(folder / "results.md", text)
     write_text(folder / "README.md", model_card(folder, config, text))
     write_json(folder / "results.json", results)                  # last: it says "finished"
@@ -242,7 +259,7 @@ def experiment(config: Config) -> str:
     """What was done, in one line."""
     taught = f" taught by {config.teacher}" if config.teacher else ""
     return (f"{config.method} with {config.loss} and {config.positives}{taught}, from "
-            f"{config.encoder} on {config.corpus}, test {config.test}")
+            f"{config.encoder} on {', '.join(names(config.corpus))}, test {config.test}")
 
 
 def model_card(folder: Path, config: Config, text: str) -> str:

@@ -9,9 +9,10 @@ from positives import POSITIVES
 
 # Columns of the corpus that each method takes; a method without an entry fails the test below.
 TAKES = {"simcse": (1, 2, 3), "is-cse": (1, 2), "infocse": (1,), "sscl": (1, 2), "kdmcse": (1,),
-         "twins": (1,), "diffcse": (1,), "cards": (1,), "debcse": (1,)}
+         "twins": (1,), "diffcse": (1,), "cards": (1,), "debcse": (1,), "ifnd": (1, 2, 3),
+         "core-tuning": (2, 3), "fedrcl": (1,), "pnr": (1,)}
 DRAWS_ITS_OWN_POSITIVES = {"debcse"}
-HAS_A_LOSS_OF_ITS_OWN = {"kdmcse"}
+HAS_A_LOSS_OF_ITS_OWN = {"kdmcse", "core-tuning", "fedrcl", "pnr"}
 NEEDS = {"kdmcse": {"teacher": "mini"}, "cards": {"retrieve_from": 8}, "is-cse": {"neighbours": 4},
          "sscl": {"layers_as_negatives": 1}, "diffcse": {"generator": "mini"}}
 
