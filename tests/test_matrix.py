@@ -14,7 +14,8 @@ TAKES = {"simcse": (1, 2, 3), "is-cse": (1, 2), "infocse": (1,), "sscl": (1, 2),
 DRAWS_ITS_OWN_POSITIVES = {"debcse"}
 HAS_A_LOSS_OF_ITS_OWN = {"kdmcse", "core-tuning", "fedrcl", "pnr"}
 NEEDS = {"kdmcse": {"teacher": "mini"}, "cards": {"retrieve_from": 8}, "is-cse": {"neighbours": 4},
-         "sscl": {"layers_as_negatives": 1}, "diffcse": {"generator": "mini"}}
+         "sscl": {"layers_as_negatives": 1}, "diffcse": {"generator": "mini"}, "fedrcl": {"levels": 2}}
+LEARNS_A_SEQUENCE = {"pnr"}
 
 
 def makes_sense(method: str, loss: str, positives: str, columns: int) -> bool:
@@ -38,12 +39,16 @@ def corpora(tmp_path_factory) -> dict:
     for width in (2, 3):
         rows = zip(*columns[:width])
         (folder / f"{width}.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+    (folder / "later.txt").write_text("".join(f"later {text}\n" for text in columns[0]))
     return {1: folder / "1.txt", 2: folder / "2.tsv", 3: folder / "3.tsv"}
 
 
 def first_step(method, loss, positives, corpus, tiny, pairs):
     """Loss of the first step, and the size of the gradient that reached the encoder."""
-    given = {"method": method, "loss": loss, "positives": positives, "corpus": str(corpus),
+    texts = str(corpus)
+    if method in LEARNS_A_SEQUENCE:
+        texts = [texts, str(corpus.with_name("later.txt"))]
+    given = {"method": method, "loss": loss, "positives": positives, "corpus": texts,
              "encoder": str(tiny), "test": str(pairs), "batch_size": 8, "steps": 2,
              "rate": 0.3} | NEEDS.get(method, {})
     inputs = mincse.read_inputs(given)
