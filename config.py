@@ -72,6 +72,8 @@ class Config:
     grounding_weight: float = flag(0.01, "loss", "kdmcse: λ of student against teacher (code)")
     retrieved: int = flag(1, "loss", "cards: s, negatives drawn for each sentence (CARDS README)")
     retrieve_from: int = flag(64, "loss", "cards: K, nearest sentences they are drawn of (recipe)")
+    refresh: int = flag(0, "loss", "cards: steps until they are sought anew; 0: never (authors' "
+                        "scripts)")
     propensity_bins: int = flag(10, "loss", "debcse: K, bins of surface likeness; 1: no correction")
     false_negatives: str = flag("eliminate", "loss", "ifnd: or make them positives",
                                 ["eliminate", "attract"])
@@ -272,8 +274,8 @@ POSITIVE = ("retrieve_from", "propensity_bins", "annotation_rounds", "mate_tempe
             "client_share")
 AT_LEAST_0 = ("hard_negative_weight", "mlm_weight", "weight_decay", "neighbours", "alpha_start",
               "steps", "threads", "seed", "twins_weight", "queue_batches",
-              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved", "clusters",
-              "focus", "contrast_weight", "classifier_weight", "pseudo_weight",
+              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved", "refresh",
+              "clusters", "focus", "contrast_weight", "classifier_weight", "pseudo_weight",
               "distillation_weight", "ce_weight", "scl_weight", "penalty_weight", "clients")
 UP_TO = {"accepted": 1, "twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
          "client_share": 1, "penalty_threshold": 1, "angular_margin": 1.5}   # below a right angle

@@ -482,10 +482,11 @@ class CARDS(SimCSE):
         loss = L(anchor, positives and what every anchor of the batch retrieved)
 
     Wang et al. 2022. Each anchor draws s of its K nearest sentences, found once, before training,
-    by the mean token of the encoder as it was given. They are encoded with the batch, with
-    gradient and in their own case; `--hard-negative-weight` is e^β on the own ones. Sentences
-    equal but for case are one, and none counts for an anchor that it equals. After the authors'
-    code; K is without the sentence itself, which their 65 and 9 include. Costs 1.5 steps of SimCSE.
+    by the mean token of the encoder as it was given, and with `--refresh R` again every R steps
+    by that of the encoder in training. They are encoded with the batch, with gradient and in
+    their own case; `--hard-negative-weight` is e^β on the own ones. Sentences equal but for case
+    are one, and none counts for an anchor that it equals. After the authors' code; K is without
+    the sentence itself, which their 65 and 9 include. Costs 1.5 steps of SimCSE.
     """
     columns_taken = (1,)
 
@@ -508,6 +509,15 @@ class CARDS(SimCSE):
             print(INDEX.format(vectors.nbytes / 1e6, self.nearest.nbytes / 1e6), file=sys.stderr)
             self.nearest.copy_(nearest_others(vectors, self.nearest.shape[1],
                                               device=self.nearest.device))
+
+    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+        """All rows in one order, with a stop before each new index."""
+        every = self.config.refresh or steps
+        return [(min(every, steps - begin), range(len(self.corpus)))
+                for begin in range(0, steps, every)]
+
+    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+        self.prepare(encode, self.config.seed)
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
         near = self.nearest[[self.number[row] for row in rows]].tolist()            # B x K

@@ -12,6 +12,7 @@ from config import Config, resolve, validate
 from data import Tokenizer
 from losses import LOSSES, info_nce
 from methods import CARDS, Encoded, check
+from mincse import row_order
 from model import Encoder, EncoderConfig, SentenceEncoder
 from positives import POSITIVES, flip, switch_case, switch_case_quota
 
@@ -88,6 +89,9 @@ def test_whether_a_tokenizer_is_cased_is_asked_of_itself(tiny):
 @dataclass(frozen=True)
 class Texts:
     columns: list[list[str]]
+
+    def __len__(self):
+        return len(self.columns[0])
 
 
 CORPUS = Texts([["A dog runs", "a cat", "a  DOG runs", "an owl sees", "an elk", "a bee"]])
@@ -258,6 +262,27 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(train, stopped, monkeypat
     stopped(3, train, out="again")
     monkeypatch.setattr(CARDS, "prepare", lambda *_: pytest.fail("the table is in the state"))
     assert (train("--resume", out="again") / "model.safetensors").read_bytes() == whole
+
+
+def test_with_refresh_the_index_is_made_anew_by_the_encoder_in_training(train, monkeypatch):
+    seen, prepare = [], CARDS.prepare
+    monkeypatch.setattr(CARDS, "prepare", lambda method, encode, seed: (
+        seen.append(encode(["the dog runs home."])), prepare(method, encode, seed)))
+    train(refresh=2, steps=5)
+    assert len(seen) == 3                                         # before steps 1, 3 and 5
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_with_refresh_a_run_that_goes_on_ends_with_the_same_weights(train, stopped):
+    whole = (train(refresh=2, out="whole") / "model.safetensors").read_bytes()
+    stopped(3, train, refresh=2, out="again")
+    assert (train("--resume", refresh=2, out="again") / "model.safetensors").read_bytes() == whole
+
+
+def test_a_refresh_keeps_the_order_of_the_rows():
+    orders = [list(row_order(method(refresh=refresh, batch_size=2), Config(batch_size=2), 5))
+              for refresh in (0, 2)]
+    assert orders[0] == orders[1]
 
 
 def test_a_corpus_smaller_than_the_pool_is_refused_before_the_first_step(train, capsys):
