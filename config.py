@@ -180,8 +180,8 @@ OPTIONS = {
 
 
 def dashed(name: str) -> str:
-    """The flag of a field: batch_size -> --batch-size."""
-    return "--" + name.replace("_", "-")
+    """The flag of a field: batch_size -> --batch-size, from_ -> --from, which Python reserves."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def seed_range(text: str) -> list[int]:
