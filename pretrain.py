@@ -5,11 +5,11 @@ Where does a pre-trained encoder come from? From plain text to a masked language
     python pretrain.py --from bert-base-uncased --corpus my_texts.txt       # go on, on one's own
 
 A word is hidden, the words around it must tell which it was, and nobody had to label anything
-(Devlin et al. 2019). `mini/` was made by this program; `mincse.py --encoder FOLDER` goes on from
-what it leaves. Read `guess` and `train` first.
+(Devlin et al. 2019). `mincse.py --encoder FOLDER` goes on from what this program leaves. Read
+`guess` and `train` first.
 
-Not here: the vocabulary and its first vectors (words.py), the encoder and its head (model.py),
-token masking (data.py), the folder (folders.py).
+Not here: vocabulary, sequences and first word vectors (words.py), the encoder and its head
+(model.py), token masking (data.py), the folder (folders.py).
 """
 
 import argparse
@@ -36,7 +36,8 @@ from config import dashed, flag
 from eval_sts import exits, pick_device
 from mincse import Stop, command, step_seed, wants_bf16
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
-from words import positive_pmi, svd_embeddings, tokenizer_files, train_tokenizer
+from words import (Sequences, positive_pmi, streams, svd_embeddings, tokenizer_files,
+                   train_tokenizer)
 
 POSITIONS = 512                       # what readers expect of an encoder like BERT
 HELD_OUT, HELD_OUT_RATE = 2048, 0.15  # sequences, and the share of them that is masked
@@ -58,7 +59,8 @@ class Config:
     data: str = flag("", "data", "folder with own copies of the data (or MINCSE_DATA)")
     max_tokens: int = flag(64, "data", "tokens of a sequence")
     mask_rate: float = flag(0.2, "data", "share of the tokens that is to be guessed")
-    steps: int = flag(15_000, "optimisation", "length of the run, where the learning rate is 0")
+    steps: int = flag(15_000, "optimisation", "length of the run; the learning rate "
+                      "ends at 0")
     minutes: float = flag(0.0, "optimisation", "length of the run instead, over all sessions")
     batch_size: int = flag(64, "optimisation", "sequences a step")
     learning_rate: float = flag(1.2e-3, "optimisation", "peak")
@@ -74,73 +76,20 @@ class Config:
     threads: int = flag(0, "system", "processor threads; 0: all")
 
 
-# ---- from text to tokens --------------------------------------------------------------------
-
-def streams(corpus: data.Corpus, tokenizer: data.Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of all documents in a row, [SEP] between two: to train on, and held out.
-
-    Every hundredth document is held out; of fewer than a thousand, ten are.
-    """
-    documents = corpus.documents or range(len(corpus))
-    every = min(100, max(2, (documents[-1] + 1) // 10))
-    end, pieces = tokenizer.whole.encode("").ids[-1], ([], [])
-    small = np.min_scalar_type(tokenizer.vocab_size - 1)          # two bytes a token, mostly
-    for start in range(0, len(corpus), 4096):
-        texts = corpus.columns[0][start : start + 4096]
-        rows = tokenizer.whole.encode_batch_fast(texts, add_special_tokens=False)
-        for i, row in enumerate(rows, start=start):
-            last = i + 1 == len(corpus) or documents[i + 1] != documents[i]
-            held_out = documents[i] % every == every - 1
-            pieces[held_out].append(np.array(row.ids + [end] * last, dtype=small))
-    return tuple(np.concatenate(part or [np.empty(0, small)]) for part in pieces)
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """A stream cut into N sequences of T tokens, [CLS] and [SEP] around each: no padding.
-
-    A sentence may be cut in two; what is lost by that is less than what padding would cost.
-    """
-    stream: np.ndarray
-    tokenizer: data.Tokenizer
-    max_tokens: int                                               # T
-
-    def __len__(self) -> int:
-        return len(self.stream) // (self.max_tokens - 2)
-
-    def __call__(self, rows: list[int]) -> Tensor:                # B numbers -> (B, T)
-        inner = self.max_tokens - 2
-        cut = self.stream[: len(self) * inner].reshape(-1, inner)[rows]           # (B, T - 2)
-        first, last = (np.full((len(rows), 1), i) for i in self.tokenizer.whole.encode("").ids)
-        return torch.from_numpy(np.concatenate([first, cut.astype(np.int64), last], axis=1))
-
-    def masked(self, rows: list[int], *, rate: float, seed: int) -> tuple[Tensor, Tensor]:
-        """Inputs and labels, (B, T) each.
-
-        Only hidden tokens teach, so 15 % teaches little a step; much more leaves too little to
-        guess from. 20 % and more do better than BERT's 15 (Wettig et al. 2023). One in five
-        of them is not [MASK] but another word or itself: [MASK] never occurs in real sentences,
-        and a model that saw only it would make nothing of the tokens it will be used for.
-        """
-        return data.mask_tokens(
-            self(rows), mask_id=self.tokenizer.mask_id, special_ids=self.tokenizer.special_ids,
-            vocab_size=self.tokenizer.vocab_size, rate=rate,
-            generator=torch.Generator().manual_seed(seed))
-
-
 # ---- the model and its training -------------------------------------------------------------
 
 class MaskedLM(nn.Module):
     """An encoder, and a head that guesses words with the encoder's own word embeddings.
 
-    They are tied because both ask what a word means: a third of `mini` would be a second such table.
+    Tied, since reading a word and guessing it both need what it means: what one learns serves the
+    other, and `mini` would be half as large again with a second table.
     """
 
     def __init__(self, model: SentenceEncoder, head: MaskedLMHead):
         super().__init__()
         self.model, self.head = model, head
         head.words = model.encoder.words.weight
-        self.register_buffer("seconds", torch.zeros(()))     # trained so far
+        self.register_buffer("seconds", torch.zeros(()))                       # trained so far
 
     def guess(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:        # (B, T), (B, T)
         """Logits (M, V) and answers (M,) at the M tokens that are asked for.
@@ -156,8 +105,7 @@ class MaskedLM(nn.Module):
         return self.head(x.rows).float(), labels.flatten()[asked]
 
 
-def build(config: Config, tokenizer: data.Tokenizer,
-          counted: np.ndarray | None) -> MaskedLM:
+def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None) -> MaskedLM:
     """The encoder before the first step; its word embeddings from that text, if there is any.
 
     Its config.json keeps BERT's dropout, which SimCSE's two views are made of.
@@ -320,7 +268,10 @@ def fit(job: Job, state: runs.State, stop: Stop) -> runs.State:
         state, due = replace(state, step=step), step % config.dev_every == 0
         log.add(loss)
         if due or step % LOG_EVERY == 0:
-            bar.set_postfix_str(log_line(job, log, step, scored=due))
+            line = log_line(job, log, step, scored=due)
+            bar.set_postfix_str(line)
+            if due:
+                bar.write(f"step {step}: {line}", file=sys.stderr)
         if due or stop.signal or time.monotonic() - saved > SAVE_SECONDS:
             with log.paused():
                 job.save(state)
@@ -413,7 +364,7 @@ Limits: it knows what its corpus says, with the biases of that. Positions beyond
 
 EXAMPLES = """examples:
   python pretrain.py --steps 300                                        built-in text, minutes
-  python pretrain.py --corpus wiki_docs --data FOLDER --out runs/mini   how mini/ was made
+  python pretrain.py --corpus wiki_docs --data FOLDER --out runs/mini   an encoder like mini
   python pretrain.py --from bert-base-uncased --corpus my_texts.txt --learning-rate 1e-4
 
 A session ends at Ctrl-C, at a signal (timeout -s INT 2h python pretrain.py ...) or with the

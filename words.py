@@ -1,7 +1,9 @@
 """
-Which words are there, and what is known of them before any training?
+What does a masked language model read, and what do counts alone tell about its words?
 
     train_tokenizer(texts, vocab_size)        WordPiece, as BERT's uncased models have it
+    streams(corpus, tokenizer)                all tokens in a row: to train on, and held out
+    Sequences(stream, tokenizer, max_tokens)  cut into (B, T), and masked
     positive_pmi(stream, vocab_size)          (V, V) which words meet more often than by chance
     svd_embeddings(pmi, width)                (V, D) words that meet the same words are alike
 
@@ -10,14 +12,21 @@ Not here: what is trained on them (pretrain.py), the use of a tokenizer (data.py
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import tokenizers
+import torch
 from scipy import sparse
 from scipy.sparse.linalg import eigsh
+from torch import Tensor
+
+import data
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
+
+# ---- from text to tokens --------------------------------------------------------------------
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
     """BERT's uncased WordPiece, as a tokenizer.json: frequent words whole, others in pieces.
@@ -44,8 +53,63 @@ def tokenizer_files(tokenizer_json: str, max_tokens: int) -> dict[str, bytes]:
     names = {f"{name[1:-1].lower()}_token": name for name in SPECIAL}
     about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True,
              "model_max_length": max_tokens} | names
-    return {"tokenizer.json": tokenizer_json.encode(), "tokenizer_config.json": json.dumps(about).encode()}
+    return {"tokenizer.json": tokenizer_json.encode(),
+            "tokenizer_config.json": json.dumps(about).encode()}
 
+
+def streams(corpus: data.Corpus, tokenizer: data.Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of all documents in a row, [SEP] between two: to train on, and held out.
+
+    Every hundredth document is held out; of fewer than a thousand, ten are.
+    """
+    documents = corpus.documents or range(len(corpus))
+    every = min(100, max(2, (documents[-1] + 1) // 10))
+    end, pieces = tokenizer.whole.encode("").ids[-1], ([], [])
+    small = np.min_scalar_type(tokenizer.vocab_size - 1)          # two bytes a token, mostly
+    for start in range(0, len(corpus), 4096):
+        texts = corpus.columns[0][start : start + 4096]
+        rows = tokenizer.whole.encode_batch_fast(texts, add_special_tokens=False)
+        for i, row in enumerate(rows, start=start):
+            last = i + 1 == len(corpus) or documents[i + 1] != documents[i]
+            held_out = documents[i] % every == every - 1
+            pieces[held_out].append(np.array(row.ids + [end] * last, dtype=small))
+    return tuple(np.concatenate(part or [np.empty(0, small)]) for part in pieces)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A stream cut into N sequences of T tokens, [CLS] and [SEP] around each: no padding.
+
+    A sentence may be cut in two; what is lost by that is less than what padding would cost.
+    """
+    stream: np.ndarray
+    tokenizer: data.Tokenizer
+    max_tokens: int                                               # T
+
+    def __len__(self) -> int:
+        return len(self.stream) // (self.max_tokens - 2)
+
+    def __call__(self, rows: list[int]) -> Tensor:                # B numbers -> (B, T)
+        inner = self.max_tokens - 2
+        cut = self.stream[: len(self) * inner].reshape(-1, inner)[rows]           # (B, T - 2)
+        first, last = (np.full((len(rows), 1), i) for i in self.tokenizer.whole.encode("").ids)
+        return torch.from_numpy(np.concatenate([first, cut.astype(np.int64), last], axis=1))
+
+    def masked(self, rows: list[int], *, rate: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels, (B, T) each.
+
+        Only hidden tokens teach, so 15 % teaches little a step; much more leaves too little to
+        guess from. 20 % and more do better than BERT's 15 (Wettig et al. 2023). One in five
+        of them is not [MASK] but another word or itself: [MASK] never occurs in real sentences,
+        and a model that saw only it would make nothing of the tokens it will be used for.
+        """
+        return data.mask_tokens(
+            self(rows), mask_id=self.tokenizer.mask_id, special_ids=self.tokenizer.special_ids,
+            vocab_size=self.tokenizer.vocab_size, rate=rate,
+            generator=torch.Generator().manual_seed(seed))
+
+
+# ---- from counts to word embeddings ---------------------------------------------------------
 
 def positive_pmi(stream: np.ndarray, vocab_size: int, window: int = 5) -> sparse.csr_matrix:
     """How much more often than by chance do two words meet within the window?      -> (V, V)
@@ -67,8 +131,8 @@ def positive_pmi(stream: np.ndarray, vocab_size: int, window: int = 5) -> sparse
 def svd_embeddings(pmi: sparse.csr_matrix, width: int) -> np.ndarray:             # (V, D)
     """Words that meet the same words point the same way, before the first step of training.
 
-    Truncated SVD (Levy, Goldberg & Dagan 2015): U √Σ, centred, every row of length 0.6. Words that
-    met nobody are 0.
+    Truncated SVD (Levy, Goldberg & Dagan 2015): U √Σ, centred, every row of length 0.6. A word
+    that met nobody is 0.
     """
     if width >= pmi.shape[0]:
         raise ValueError(f"--init svd: expected more than --width {width} word pieces, found "
