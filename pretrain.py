@@ -41,7 +41,7 @@ from words import (Sequences, positive_pmi, streams, svd_embeddings, tokenizer_f
 
 POSITIONS = 512                       # what readers expect of an encoder like BERT
 HELD_OUT, HELD_OUT_RATE = 2048, 0.15  # sequences, and the share of them that is masked
-COUNTED = 10_000_000                  # tokens are enough for `--init svd`
+COUNTED = 10_000_000                  # tokens, for `--init svd`: a minute or two on one core
 WARM_UP = 0.03                        # share of the run
 LOG_EVERY, SAVE_SECONDS = 50, 180
 
@@ -64,7 +64,7 @@ class Config:
     minutes: float = flag(0.0, "optimisation", "length of the run instead, over all sessions")
     batch_size: int = flag(64, "optimisation", "sequences a step")
     learning_rate: float = flag(1.2e-3, "optimisation", "peak")
-    dropout: float = flag(0.0, "optimisation", "while pre-training; text seen once needs none")
+    dropout: float = flag(0.0, "optimisation", "while pre-training")
     weight_decay: float = flag(0.01, "optimisation", "AdamW's, of matrices")
     clip: float = flag(1.0, "optimisation", "largest gradient norm")
     seed: int = flag(42, "optimisation", "of everything random")
@@ -144,9 +144,9 @@ def make_optimizer(lm: MaskedLM, config: Config) -> torch.optim.Optimizer:
 def schedule(done: float) -> float:
     """Share of the peak learning rate: up during the first 3 % of the run, then down to 0.
 
-    A post-norm transformer needs the start to be gentle. It sits on a plateau even so, where it
-    knows how frequent each word is and nothing else: the norm after every sum makes the way
-    down through the layers long (Xiong et al. 2020). `--init svd` is the shortest way off.
+    With the norm after every sum (post-norm), gradients near the output are large at first, so the
+    rate has to start low (Xiong et al. 2020). The loss then rests on a plateau for a while: the
+    model knows how frequent each word is, and not yet that the words around it matter.
     """
     return max(0.0, min(done / WARM_UP, (1 - done) / (1 - WARM_UP)))
 

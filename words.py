@@ -80,7 +80,7 @@ def streams(corpus: data.Corpus, tokenizer: data.Tokenizer) -> tuple[np.ndarray,
 class Sequences:
     """A stream cut into N sequences of T tokens, [CLS] and [SEP] around each: no padding.
 
-    A sentence may be cut in two; what is lost by that is less than what padding would cost.
+    A sentence may be cut in two: the price for computing on nothing but text.
     """
     stream: np.ndarray
     tokenizer: data.Tokenizer
@@ -98,10 +98,10 @@ class Sequences:
     def masked(self, rows: list[int], *, rate: float, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels, (B, T) each.
 
-        Only hidden tokens teach, so 15 % teaches little a step; much more leaves too little to
-        guess from. 20 % and more do better than BERT's 15 (Wettig et al. 2023). One in five
-        of them is not [MASK] but another word or itself: [MASK] never occurs in real sentences,
-        and a model that saw only it would make nothing of the tokens it will be used for.
+        Only the tokens asked for teach, so BERT's 15 % teach little a step; with many more, too
+        little is left to guess from (Wettig et al. 2023 compare rates). One in five of them is
+        not [MASK] but another word or itself: real sentences hold no [MASK], and a model that
+        was only ever asked there would have no reason to make anything of other tokens.
         """
         return data.mask_tokens(
             self(rows), mask_id=self.tokenizer.mask_id, special_ids=self.tokenizer.special_ids,
