@@ -215,8 +215,8 @@ OPTIONS = {
 
 
 def dashed(name: str) -> str:
-    """The flag of a field: batch_size -> --batch-size."""
-    return "--" + name.replace("_", "-")
+    """The flag of a field: batch_size -> --batch-size, from_ -> --from, which Python reserves."""
+    return "--" + name.rstrip("_").replace("_", "-")
 
 
 def names(corpus: str | list[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """
 How do encoders come in and go out? Folders as Hugging Face stores them.
 
-    load(folder) -> SentenceEncoder       save(model, folder)       load_masked_lm(folder, model)
+    load(folder) -> SentenceEncoder       save(model, folder)
+    load_masked_lm(folder, model)         save_masked_lm(model, head, folder)
 
 What was saved loads here, in transformers and in sentence-transformers, with the same vectors. Our
 names are our own: one table for settings and one for tensors translate them, both ways. Reading
@@ -16,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import safetensors.torch
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -207,7 +209,11 @@ def save(model: SentenceEncoder, folder: str | Path) -> None:
     Every file is complete on the disk before the first takes its place: where writing fails, the
     old ones stand. A head that serves training only is no part of the model and left out.
     """
-    files, folder = contents(model), Path(folder)
+    put(contents(model), Path(folder))
+
+
+def put(files: dict[str, bytes | dict | list], folder: Path) -> None:
+    """All of the files into the folder, or none."""
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".saving-") as waiting:
         for name, content in files.items():
@@ -219,9 +225,8 @@ def save(model: SentenceEncoder, folder: str | Path) -> None:
 
 def write(path: Path, content: bytes | dict | list) -> None:
     """The opposite of `read`. Afterwards the file is on the disk, not on its way there."""
-    if path.suffix == ".safetensors":
-        plain = {name: tensor.float().cpu().contiguous() for name, tensor in content.items()}
-        content = safetensors.torch.save(plain, metadata={"format": "pt"})
+    if path.suffix == ".safetensors" and isinstance(content, dict):
+        content = packed(content, torch.float32)
     elif not isinstance(content, bytes):
         content = json.dumps(content, indent=2).encode()
     path.parent.mkdir(exist_ok=True)
@@ -229,6 +234,12 @@ def write(path: Path, content: bytes | dict | list) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
+
+
+def packed(tensors: dict[str, Tensor], precision: torch.dtype) -> bytes:
+    """What a .safetensors file holds; transformers refuses one without that metadata."""
+    plain = {name: tensor.to("cpu", precision).contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, metadata={"format": "pt"})
 
 
 def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
@@ -262,3 +273,20 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
         files["2_Dense/model.safetensors"] = translate(head, DENSE)
         files["model.safetensors"] |= translate(head, POOLER)     # transformers' pooler_output
     return files
+
+
+def save_masked_lm(model: SentenceEncoder, head: MaskedLMHead, folder: str | Path) -> None:
+    """Write encoder and tied head for transformers' AutoModelForMaskedLM, in half precision.
+
+    Half the bytes, and reading makes float32 of them again. Pooling is for others to choose.
+    """
+    kind = model.config.model_type
+    files = {name: content for name, content in contents(model).items() if name in COPIED}
+    files["config.json"] |= {"architectures": [kind.capitalize() + "ForMaskedLM"],
+                             "tie_word_embeddings": True,
+                             "torch_dtype": "float16", "dtype": "float16"}
+    encoder = translate(model.encoder.state_dict(), [*ENCODER, ("^", f"{kind}.")])
+    tied = translate(head.state_dict(), MASKED_LM[kind])
+    del tied[next(name for name in tied if name.endswith("decoder.weight"))]
+    files["model.safetensors"] = packed(encoder | tied, torch.float16)
+    put(files, Path(folder))
