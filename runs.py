@@ -86,8 +86,9 @@ def claim(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> dic
         check_same(folder, config)
         if (folder / "results.json").is_file():
             return json.loads((folder / "results.json").read_text())
-    for name in OWN_FILES if overwrite and not resume else ():
-        (folder / name).unlink(missing_ok=True)
+    if overwrite and not resume:
+        for name in OWN_FILES:
+            (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / STAGES, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     return None
