@@ -15,8 +15,8 @@ a ratio that of two medians.
     usual    what each does if told the batch size only: precision auto and 32 tokens here, float32
              and as many tokens as the encoder has positions there
 
-The share is that of the machine's matrix rate: FLOPs of matrix products, as torch counts them in a
-step of ours, times the steps per second, over the FLOP/s of one large product in that precision.
+The share is that of the machine's matrix rate: FLOPs of matrix products, as torch counts them in
+ours, per second, over the FLOP/s of one large product in that precision.
 Only functions that a run uses are measured; there is no second training loop here.
 """
 
@@ -42,7 +42,7 @@ import data
 import mincse
 import runs
 from docs import doc_sentences
-from eval_sts import open_encoder, pick_device, read_test
+from eval_sts import exits, open_encoder, pick_device, read_test
 from folders import read_config, save
 from model import Encoder, SentenceEncoder, encode
 
@@ -156,8 +156,8 @@ def train_theirs(task: Task, turn: Turn) -> None:
         arguments = Arguments(
             folder, per_device_train_batch_size=task.batch_size, report_to="none",
             max_steps=task.steps * (task.turns + 1), use_cpu=task.device == "cpu",
-            bf16=task.precision == "bf16" and not task.usual, save_strategy="no",
-            disable_tqdm=True)
+            bf16=task.precision == "bf16" and not task.usual, dataloader_drop_last=True,
+            save_strategy="no", disable_tqdm=True)
         Trainer(model, arguments, train_dataset=Dataset.from_dict({"a": texts, "b": texts}),
                 loss=MultipleNegativesRankingLoss(model), callbacks=[Turns()]).train()
 
@@ -284,16 +284,17 @@ def matrix_rate(device: torch.device, precision: str) -> float:
 
 def make_encoder(name: str, folder: Path) -> Path:
     """`mini` with [CLS] pooling in float32, or a shape with random weights."""
+    made = folder / Path(name).name
     if name not in SHAPES:
-        save(open_encoder(data.encoder_folder(name), pooling="cls")[0], folder / name)
-        return folder / name
-    files = {file: (ROOT / "mini" / file).read_bytes() for file in ("config.json", "tokenizer.json")}
-    files["config.json"] = json.dumps(json.loads(files["config.json"]) | SHAPES[name]).encode()
-    (folder / name).mkdir()
-    (folder / name / "config.json").write_bytes(files["config.json"])
-    encoder = Encoder(read_config(folder / name))
-    save(SentenceEncoder(encoder, pooling="cls", files=files), folder / name)
-    return folder / name
+        save(open_encoder(data.encoder_folder(name), pooling="cls")[0], made)
+        return made
+    settings = json.loads((ROOT / "mini" / "config.json").read_text()) | SHAPES[name]
+    files = {"config.json": json.dumps(settings).encode(),
+             "tokenizer.json": (ROOT / "mini" / "tokenizer.json").read_bytes()}
+    made.mkdir()
+    (made / "config.json").write_bytes(files["config.json"])
+    save(SentenceEncoder(Encoder(read_config(made)), pooling="cls", files=files), made)
+    return made
 
 
 def write_corpus(args: argparse.Namespace, path: Path) -> Path:
@@ -371,17 +372,20 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     machine, rate = runs.environment(), matrix_rate(device, args.precision)
     print(f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, {args.threads} "
-          f"threads, torch {machine['torch']}, {args.precision}: {rate / 1e12:.2f} TFLOP/s in a "
-          f"large matrix product. Batches of {args.batch_size}.\n")
+          f"thread{'s' * (args.threads > 1)}, torch {machine['torch']}, {args.precision}: "
+          f"{rate / 1e12:.2f} TFLOP/s in a large matrix product. Batches of {args.batch_size}.\n")
     if "import" in args.only:
         print(import_line(args.turns))
     if "corpus" in args.only:
         print(corpus_line("wiki1m" if args.data else "docs", args.data))
     print("\n" + markdown(COLUMNS) + "\n" + markdown(["---", "---", *["--:"] * 6]), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, exits(3):
         for task in tasks_of(args, Path(folder)):
             print(markdown(row_of(task, rate)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EOFError:
+        sys.exit("bench.py: one of the measured processes ended early; its message is above")
