@@ -74,12 +74,12 @@ class Tokens:
     mask: Tensor                                                  # (B, T)
 
     def pack(self, x: Tensor) -> Tensor:                          # (B, T, D) -> (R, D)
-        return x.flatten(0, 1)[self.places]
+        return x.flatten(0, 1).index_select(0, self.places)
 
     def unpack(self, rows: Tensor) -> Tensor:                     # (R, D) -> (B, T, D)
         """Padding becomes 0."""
         empty = rows.new_zeros(self.mask.numel(), rows.shape[1])
-        return empty.index_copy(0, self.places, rows).unflatten(0, self.mask.shape)
+        return empty.index_copy_(0, self.places, rows).unflatten(0, self.mask.shape)
 
     def starts(self) -> Tensor:                                   # -> (B,)
         """Where each sentence begins in the block."""
