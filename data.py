@@ -21,6 +21,7 @@ import csv
 import gzip
 import hashlib
 import io
+import lzma
 import mmap
 import os
 import random
@@ -311,10 +312,14 @@ def unpack(archive: Path, folder: Path) -> None:
                 if path.is_absolute() or ".." in path.parts or not plain:
                     raise ValueError(f"{archive}: expected plain files inside one folder, "
                                      f"found {member.name!r}; nothing was unpacked")
-            tar.extractall(Path(temporary) / "in", filter="data")
-            os.rename(Path(temporary) / "in", folder)
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive}: damaged ({error}); fetch the file again") from None
+            inside = Path(temporary, "in")
+            inside.mkdir()
+            tar.extractall(inside, filter="data")
+            os.rename(inside, folder)
+    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, NotADirectoryError,
+            IsADirectoryError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{archive}: damaged ({reason}); fetch the file again") from None
 
 
 # ---- tokens ---------------------------------------------------------------------------------
@@ -334,6 +339,7 @@ class Tokenizer:
         if self.pad_id is None:
             raise ValueError("it has no token [PAD] or <pad>")
         added = self.whole.get_added_tokens_decoder()
+        self.whole.encode("q" * 200)              # raises where unknown words have no token
         self.special_ids = sorted({i for i, token in added.items() if token.special}
                                   | set(self.whole.encode("").ids))
         self.vocab_size = self.whole.get_vocab_size()

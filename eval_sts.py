@@ -58,13 +58,11 @@ SICK = {"train": 4500, "trial": 500, "test_annotated": 4927}
 # ---- reading --------------------------------------------------------------------------------
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of a UTF-8 file. Only \\n ends one: texts hold U+0085 and its like."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, found the byte "
-                         f"{error.object[error.start]:#04x} at position {error.start}") from None
-    return text.removesuffix("\n").split("\n")
+    """The lines of a file, without their ends."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: expected a file of scored pairs, found "
+                                f"{'a folder' if path.is_dir() else 'nothing'} there")
+    return [line.removesuffix("\n") for line in corpora.read_lines(path)]
 
 
 def pair_at(place: str, left: str, right: str, score: str) -> Pair:
@@ -239,6 +237,9 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
     if name.endswith(".tsv"):
         path = Path(name)
         pairs = list(columns_of(path, lines_of(path), (0, 1, 2)))
+        if len({score for _, _, score in pairs}) < 2:
+            raise ValueError(f"{path}: expected pairs whose scores differ, as their ranks are "
+                             f"compared, found {len(pairs)} pairs: add others")
         return StsTest({path.stem: {path.stem: pairs}}, {path.stem: pairs})
     if name not in ("stsb", "sts"):
         raise ValueError(f"expected a test called docs, stsb or sts, or a .tsv file, "
@@ -350,7 +351,7 @@ def open_encoder(folder: Path, *, pooling: str | None = None
     """Encoder and tokenizer of a folder, checked against each other."""
     model = load(folder, pooling=pooling)
     tokenizer = corpora.Tokenizer.read(folder)
-    check_vocabulary(model.config, tokenizer.vocab_size)
+    check_vocabulary(model.config, tokenizer.whole.get_vocab().values())
     return model, tokenizer
 
 

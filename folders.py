@@ -3,6 +3,7 @@ How do encoders come in and go out? Folders as Hugging Face stores them.
 
     load(folder) -> SentenceEncoder       save(model, folder)
     load_masked_lm(folder, model)         save_masked_lm(model, head, folder)
+    stage, settle                         the two halves of both    replacing(path), write(path, x)
 
 What was saved loads here, in transformers and in sentence-transformers, with the same vectors. Our
 names are our own: one table for settings and one for tensors translate them, both ways. Reading
@@ -10,11 +11,14 @@ is all or nothing: a tensor that is missing or left over is an error that lists 
 """
 
 import json
+import math
 import os
 import re
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import safetensors.torch
 import torch
@@ -74,10 +78,25 @@ def read_config(folder: str | Path) -> EncoderConfig:
         if type(values[f.name]) not in (f.type, int):
             raise wrong(path, f"{SETTINGS[f.name]} ({f.type.__name__})",
                         found.get(SETTINGS[f.name], "nothing"))
-    if not values["heads"] or values["width"] % values["heads"]:
+    config = EncoderConfig(**values)
+    check_numbers(config, path)
+    return config
+
+
+def check_numbers(config: EncoderConfig, path: Path) -> None:
+    """Is there an encoder with these numbers?"""
+    expected = {name: ("1 or more", getattr(config, name) >= 1) for name in
+                ("vocab_size", "width", "layers", "heads", "inner", "types", "usable_positions")}
+    expected |= {name: ("from 0 to 1", 0 <= getattr(config, name) <= 1)
+                 for name in ("dropout", "attention_dropout")}
+    expected |= {"eps": ("above 0 and finite", 0 < config.eps < math.inf),
+                 "pad_id": ("a number below vocab_size", 0 <= config.pad_id < config.vocab_size)}
+    for name, (what, true) in expected.items():
+        if not true:
+            raise wrong(path, f"{SETTINGS.get(name, name)} to be {what}", getattr(config, name))
+    if config.width % config.heads:
         raise wrong(path, "a hidden_size that num_attention_heads divides",
-                    f"{values['width']} and {values['heads']}")
-    return EncoderConfig(**values)
+                    f"{config.width} and {config.heads}")
 
 
 def translate(tensors: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[str, Tensor]:
@@ -101,7 +120,7 @@ def read(path: Path) -> dict | list:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         content = json.loads(path.read_bytes())
-    except (ValueError, safetensors.SafetensorError) as error:
+    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
     if not isinstance(content, list if path.name == "modules.json" else dict):
         raise wrong(path, "settings of an encoder", content)
@@ -119,7 +138,9 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], table: list[tuple[str, s
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise wrong(path, f"{name} of shape {[*own[name].shape]}", [*tensor.shape])
-        if not tensor.isfinite().all():
+        if not tensor.is_floating_point():
+            raise wrong(path, f"floating-point numbers in {name}", tensor.dtype)
+        if not tensor.float().isfinite().all():
             raise wrong(path, f"finite numbers in {name}", "NaN or infinity")
         own[name].copy_(tensor)                                   # fp16 becomes fp32 here
 
@@ -134,23 +155,39 @@ def load(folder: str | Path, *, pooling: str | None = None,
     config, path = read_config(folder), folder / "model.safetensors"
     if dropout is not None:
         config = replace(config, dropout=dropout, attention_dropout=dropout)
+    tensors = {name: tensor for name, tensor in translate(read(path), TODAY).items()
+               if not name.startswith(NOT_ENCODER)}
+    check_size(config, sum(tensor.numel() for tensor in tensors.values()), path)
     encoder = Encoder(config)
-    fill(encoder, {name: tensor for name, tensor in translate(read(path), TODAY).items()
-                   if not name.startswith(NOT_ENCODER)}, ENCODER, path)
+    fill(encoder, tensors, ENCODER, path)
     parts = read_parts(folder, config.width)
     parts["pooling"] = pooling or parts["pooling"]
     files = {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
     return SentenceEncoder(encoder, files=files, **parts)
 
 
+def check_size(config: EncoderConfig, found: int, path: Path) -> None:
+    """An encoder that the file cannot fill is not even made: it could take all memory."""
+    least = config.width * (config.vocab_size + config.positions + config.types
+                            + config.layers * (4 * config.width + 2 * config.inner))
+    if found < least:
+        raise wrong(path, f"{least} numbers or more, as config.json implies", found)
+
+
 def read_parts(folder: Path, width: int) -> dict:
     """What sentence-transformers adds to the encoder; where it says nothing, that is the mean."""
     parts, limits, path = {}, folder / "sentence_bert_config.json", folder / "modules.json"
     if limits.is_file():
-        parts["max_tokens"] = read(limits).get("max_seq_length")
+        most = parts["max_tokens"] = read(limits).get("max_seq_length")
+        if most is not None and (type(most) is not int or most < 3):
+            raise wrong(limits, "max_seq_length to be 3 or more", most)
     if not path.is_file():
         return parts | {"pooling": "mean"}
     modules = read(path)
+    for module in modules:
+        if not (isinstance(module, dict) and isinstance(module.get("type"), str)
+                and isinstance(module.get("path"), str)):
+            raise wrong(path, "modules with a type and a path", module)
     kinds = [module["type"].split(".")[-1] for module in modules]
     if kinds not in CHAINS:
         raise wrong(path, f"one of {CHAINS}", kinds)
@@ -196,44 +233,87 @@ def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
     return head
 
 
-def check_vocabulary(config: EncoderConfig, tokenizer_size: int) -> None:
+def check_vocabulary(config: EncoderConfig, ids: Collection[int]) -> None:
     """An encoder may know a few words more than its tokenizer, for a round number; never fewer."""
-    if not 0.9 * config.vocab_size <= tokenizer_size <= config.vocab_size:
+    if not 0.9 * config.vocab_size <= len(ids) <= config.vocab_size:
         raise wrong("tokenizer.json", f"90 to 100 % of the encoder's {config.vocab_size} entries",
-                    tokenizer_size)
+                    len(ids))
+    if max(ids) >= config.vocab_size:
+        raise wrong("tokenizer.json", f"ids below the encoder's {config.vocab_size}", max(ids))
 
 
 def save(model: SentenceEncoder, folder: str | Path) -> None:
     """Write a folder that loads here, in transformers and in sentence-transformers.
 
-    Every file is complete on the disk before the first takes its place: where writing fails, the
-    old ones stand. A head that serves training only is no part of the model and left out.
+    A head that serves training only is no part of the model and left out.
     """
     put(contents(model), Path(folder))
 
 
 def put(files: dict[str, bytes | dict | list], folder: Path) -> None:
     """All of the files into the folder, or none."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".saving-") as waiting:
+    waiting = folder / ".saving"
+    stage(files, waiting)
+    settle(waiting, folder)
+
+
+def stage(files: dict[str, bytes | dict | list], waiting: Path) -> None:
+    """Every file is complete on the disk before the first takes its place: see `settle`."""
+    shutil.rmtree(waiting, ignore_errors=True)                    # a killed program's
+    try:
         for name, content in files.items():
-            write(Path(waiting, name), content)
-        for name in files:
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(Path(waiting, name), folder / name)
+            (waiting / name).parent.mkdir(parents=True, exist_ok=True)
+            write(waiting / name, content)
+    except BaseException:
+        shutil.rmtree(waiting, ignore_errors=True)                # the disk may be full
+        raise
+
+
+def settle(waiting: Path, folder: Path) -> None:
+    """What was staged takes its place; stopped halfway, it can be done again."""
+    for path in sorted(waiting.rglob("*")):
+        place = folder / path.relative_to(waiting)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        else:
+            os.replace(path, place)
+    shutil.rmtree(waiting)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path to write to; its file takes the place of `path` when it is whole and on the disk.
+
+    Where writing fails, the old one stands.
+    """
+    fresh = path.with_name(path.name + ".tmp")
+    try:
+        with naming(path):
+            yield fresh
+            with fresh.open("rb+") as file:
+                os.fsync(file.fileno())
+            fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file it had no room for."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{path}: not written ({error.strerror or error})") from None
 
 
 def write(path: Path, content: bytes | dict | list) -> None:
-    """The opposite of `read`. Afterwards the file is on the disk, not on its way there."""
+    """The opposite of `read`."""
     if path.suffix == ".safetensors" and isinstance(content, dict):
         content = packed(content, torch.float32)
     elif not isinstance(content, bytes):
         content = json.dumps(content, indent=2).encode()
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    with replacing(path) as fresh:
+        fresh.write_bytes(content)
 
 
 def packed(tensors: dict[str, Tensor], precision: torch.dtype) -> bytes:

@@ -43,7 +43,7 @@ import runs
 from config import Config
 from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pick_device,
                       read_test)
-from folders import load, load_masked_lm, save
+from folders import contents, load, load_masked_lm, save, stage
 from losses import alignment, cosine, uniformity
 from methods import METHODS, Encoded, SimCSE, check
 from model import MaskedLMHead, SentenceEncoder, encode
@@ -333,32 +333,45 @@ def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
 
 
 def keep_best(job: Job, folder: Path, state: runs.State) -> tuple[runs.State, dict]:
-    """Score on dev; a better model replaces the one on disk. Without dev, the last step does."""
+    """Score on dev; a better model is staged, until the state is saved. Without dev, any is."""
     if job.inputs.dev is None:
-        save(job.model, folder)
+        stage(contents(job.model), runs.waiting(folder, state.step))
         return replace(state, best_step=state.step), {}
     result = job.inputs.dev.score(job.encode)
     score, figures = result.scores["avg"], {"dev": result.scores, "dev_geometry": result.geometry}
     if state.best_step and not score > state.best:
         return state, figures
-    save(job.model, folder)
+    stage(contents(job.model), runs.waiting(folder, state.step))
     return replace(state, best=score, best_step=state.step), figures
+
+
+def take_up(inputs: Inputs, config: Config, folder: Path, options: dict
+            ) -> tuple[Job, runs.State, dict | None]:
+    """One seed's job and where its folder says that it is, and its results if it has ended."""
+    with exits(3):
+        job, sources = build(inputs, config), runs.sources(inputs)
+        before = runs.started(folder) if options["resume"] else None
+    with exits(2):
+        runs.claim(folder, config, sources, before, resume=options["resume"],
+                   overwrite=options["overwrite"])
+    with exits(3):
+        if done := runs.finished(folder):
+            runs.drop_state(folder, keep=options["keep_state"])   # killed just before, it stands
+            return job, runs.State(), done
+        state = runs.load_state(folder, job.parts, job.optimizer)
+    runs.clear_after(folder, state or runs.State())
+    if state is None:
+        runs.describe(folder, config, sources, command(), inputs.doctor)
+        state = runs.State(before=asdict(score_start(job)))
+        job.parts["method"].prepare(job.encode, config.seed)
+    return job, state, None
 
 
 def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
     """One seed from start to finish. Returns its results; runs.py says what it leaves."""
-    with exits(3):
-        job = build(inputs, config)
-    with exits(2):
-        done = runs.claim(folder, config, resume=options["resume"], overwrite=options["overwrite"])
+    job, state, done = take_up(inputs, config, folder, options)
     if done:
         return done
-    with exits(3):
-        state = runs.load_state(folder, job.parts, job.optimizer)
-    if state is None:
-        runs.describe(folder, config, command(), inputs.doctor)
-        state = runs.State(before=asdict(score_start(job)))
-        job.parts["method"].prepare(job.encode, config.seed)
     with Stop().listening() as stop:
         if state.step < job.steps:
             state = fit(job, folder, state, stop)
@@ -380,19 +393,10 @@ def score_start(job: Job) -> Result:
 def run_stages(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
     """One seed of a regime: several runs, one after the other, each a step of this one."""
     regime = regimes.of(config)
-    with exits(3):
-        job = build(inputs, config)
-    with exits(2):
-        done = runs.claim(folder, config, resume=options["resume"], overwrite=options["overwrite"])
+    job, state, done = take_up(inputs, config, folder, options)
     if done:
         return done
-    with exits(3):
-        state = runs.load_state(folder, job.parts, job.optimizer)
-    if state is None:
-        runs.describe(folder, config, command(), inputs.doctor)
-        state = runs.State(before=asdict(score_start(job)))
-        job.parts["method"].prepare(job.encode, config.seed)
-        runs.save_state(folder, state, job.parts, job.optimizer)
+    runs.save_state(folder, state, job.parts, job.optimizer)
     for row in regime.stages(job, partial(run_stage, folder), first=state.step + 1):
         state, scores = keep_best(job, folder, replace(state, step=state.step + 1))
         runs.add_line(folder, {"step": state.step, **row, **scores})
@@ -532,7 +536,11 @@ def program(main: Callable[[], None] = main) -> int:
         print(f"{name}: interrupted outside the training loop; go on with:\n"
               f"  {command()} --resume", file=sys.stderr)
         return 130
-    except (OSError, FloatingPointError) as error:
+    except OSError as error:
+        print(f"{name}: {error}; what was saved before stands, go on with:\n"
+              f"  {command()} --resume", file=sys.stderr)
+        return 1
+    except FloatingPointError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     return 0

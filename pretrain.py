@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +33,7 @@ import data
 import folders
 import runs
 from config import dashed, flag
-from eval_sts import exits, pick_device
+from eval_sts import Result, exits, pick_device
 from mincse import Stop, command, step_seed, wants_bf16
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
 from words import (Sequences, positive_pmi, streams, svd_embeddings, tokenizer_files,
@@ -297,11 +297,11 @@ def finish(job: Job, state: runs.State) -> dict:
     """Save, score and describe the encoder."""
     job.save(state)
     size = job.config.batch_size * job.config.max_tokens
-    results = {"before": state.before, "test": held_out(job.lm, job.held_out), "steps": state.step,
+    results = {"before": state.before["scores"], "test": held_out(job.lm, job.held_out), "steps": state.step,
                "tokens": state.step * size, "seconds": job.lm.seconds.item()}
     rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
     curve = {row["tokens"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
-    curve |= {0: state.before["held_out_loss"],
+    curve |= {0: results["before"]["held_out_loss"],
               results["tokens"]: results["test"]["held_out_loss"]}
     drawn = draw(sorted(curve.items()), job.folder / "loss.png")
     runs.write_text(job.folder / "README.md",
@@ -418,7 +418,12 @@ def main(argv: list[str] | None = None) -> None:
     with exits(2):
         config = validate(given)
         device, folder = pick_device(config.device), Path(config.out)
-        results = runs.claim(folder, config, **options)
+    with exits(3):
+        before = runs.started(folder) if options["resume"] else None
+    with exits(2):
+        runs.claim(folder, config, {}, before, **options)
+    with exits(3):
+        results = runs.finished(folder)
     if config.threads:
         torch.set_num_threads(config.threads)
     if results is None:
@@ -435,8 +440,8 @@ def run(job: Job, state: runs.State | None, about: dict) -> dict:
     config = job.config
     print(", ".join(f"{name}: {value}" for name, value in about.items()), file=sys.stderr)
     if state is None:
-        runs.describe(job.folder, config, command(), about)
-        state = runs.State(before=held_out(job.lm, job.held_out))
+        runs.describe(job.folder, config, {}, command(), about)
+        state = runs.State(before=asdict(Result(held_out(job.lm, job.held_out))))
     with Stop().listening() as stop:
         state = fit(job, state, stop)
     if stop.signal:

@@ -7,9 +7,12 @@ What does a run leave? A folder that explains itself, and from which a stopped r
     state.pt        for --resume, removed at the end
     config.json, model.safetensors, ...            the best model, written by folders.save
 
-A file is written beside its place and then renamed, so none is ever half there.
+A file is written beside its place and then renamed, so none is ever half there. A better model
+waits in .best-STEP until state.pt, which names that step, is on the disk: killed at any moment,
+state and model belong together. Lines of metrics.jsonl that the state does not know of come again.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -26,11 +29,16 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+import data
 from config import Config, dashed, names
 from eval_sts import Result, plain, table
+from folders import naming, replacing, settle, write
 
 STAGES = "stages"                     # folder of the runs inside a run (regimes.py), while it goes
-OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "args.json")
+# What --overwrite removes at once. args.json stays until it is replaced: without it, nobody could
+# tell that the folder is ours.
+OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "model.safetensors",
+             "README.md")
 HARMLESS = ("out", "device", "threads", "data")   # may differ when a run goes on elsewhere
 
 # Lowest, highest and mean average of seven STS tasks over 50 seeds each of unsupervised SimCSE on
@@ -43,23 +51,24 @@ REFERENCE = {
 
 # ---- files ----------------------------------------------------------------------------------
 
-@contextmanager
-def replacing(path: Path):
-    """A path to write to; its file takes the place of `path` when it is whole and on the disk."""
-    fresh = path.with_name(path.name + ".tmp")
-    yield fresh
-    with fresh.open("rb+") as file:
-        os.fsync(file.fileno())
-    fresh.replace(path)
-
-
 def write_text(path: Path, text: str) -> None:
-    with replacing(path) as fresh:
-        fresh.write_text(text, encoding="utf-8")
+    write(path, text.encode())
 
 
 def write_json(path: Path, value: dict) -> None:
     write_text(path, json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, *keys: str) -> dict:
+    """What a run wrote: an object with these keys, an object under each."""
+    try:
+        found = json.loads(path.read_bytes())
+        if all(isinstance(found[key], dict) for key in keys):
+            return found
+    except (ValueError, RecursionError, TypeError, KeyError):
+        pass
+    raise ValueError(f"{path}: expected what a run of this program wrote, with {' and '.join(keys)}"
+                     ", found something else: start again with --overwrite")
 
 
 def default_folder(config: Config) -> Path:
@@ -70,12 +79,49 @@ def default_folder(config: Config) -> Path:
     return Path("runs") / "-".join([config.method, *extra, Path(config.encoder).name, corpus])
 
 
-def claim(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> dict | None:
-    """Make the folder ours. Returns the results if this very run is finished already.
+def sources(inputs) -> dict[str, str]:
+    """The sha256 of all that a run reads, by its flag; a teacher that `prepare` asked is done."""
+    config, corpora = inputs.config, (inputs.corpus, *inputs.later)
+    found = {"corpus": " ".join(corpus.sha256 for corpus in corpora),
+             "encoder": encoder_sha256(inputs.folder)}
+    if config.generator:
+        found["generator"] = encoder_sha256(data.encoder_folder(config.generator))
+    if inputs.corpus.teacher is not None:
+        teacher = Path(config.teacher)
+        found["teacher"] = (data.file_sha256(teacher) if teacher.is_file() else
+                            encoder_sha256(data.encoder_folder(config.teacher)))
+    for name in ("dev", "test"):
+        found[name] = hashlib.sha256(repr(getattr(inputs, name)).encode()).hexdigest()
+    return found
+
+
+def encoder_sha256(folder: Path) -> str:
+    """Of all files that make an encoder."""
+    paths = [folder / name for name in data.ENCODER_FILES + data.ENCODER_EXTRAS]
+    found = [f"{path.name} {data.file_sha256(path)}" for path in paths if path.is_file()]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def started(folder: Path) -> dict | None:
+    """With what the folder's run was started, if it holds one."""
+    path = folder / "args.json"
+    return read_json(path, "config", "sources") if path.is_file() else None
+
+
+def finished(folder: Path) -> dict | None:
+    """The results of the folder's run, if it has ended."""
+    path = folder / "results.json"
+    return read_json(path, "before", "test") if path.is_file() else None
+
+
+def claim(folder: Path, config: Config, sources: dict, before: dict | None, *, resume: bool,
+          overwrite: bool) -> None:
+    """Make the folder ours, `before` being its `started`.
 
     Refuses a folder that holds another run or something else altogether.
     """
-    held = folder.is_dir() and any(folder.iterdir())
+    # Killed as it began, a run left nothing but half of its first file.
+    held = folder.is_dir() and any(path.name != "args.json.tmp" for path in folder.iterdir())
     if held and not (folder / "args.json").is_file():
         raise ValueError(f"{folder} exists and holds no run of this program: choose another --out")
     if held and not (resume or overwrite):
@@ -83,30 +129,32 @@ def claim(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> dic
         raise ValueError(f"{folder} holds {state}: --resume goes on with it, --overwrite replaces "
                          "it, --out FOLDER leaves it alone")
     if held and resume:
-        check_same(folder, config)
-        if (folder / "results.json").is_file():
-            return json.loads((folder / "results.json").read_text())
+        check_same(folder, before, config, sources)
     if overwrite and not resume:
         for name in OWN_FILES:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / STAGES, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    return None
 
 
-def check_same(folder: Path, config: Config) -> None:
-    """A run goes on only with the settings that it was started with."""
-    before = json.loads((folder / "args.json").read_text())
+def check_same(folder: Path, before: dict, config: Config, sources: dict) -> None:
+    """A run goes on only with the settings that it was started with, and on the same data."""
     for name, now in asdict(config).items():
         if name not in HARMLESS and before["config"].get(name) != now:
             raise ValueError(f"{folder} was started with {dashed(name)} "
                              f"{before['config'].get(name)}, found {now}: go on with\n"
-                             f"  {before['command']} --resume")
+                             f"  {before.get('command')} --resume")
+    for name, now in sources.items():
+        if before["sources"].get(name) != now:
+            raise ValueError(f"{folder} was started with another {dashed(name)} of the same name: "
+                             f"expected the content with sha256 {before['sources'].get(name)}, "
+                             f"found {now}: bring it back, or start again with --overwrite")
 
 
-def describe(folder: Path, config: Config, command: str, doctor: dict) -> None:
+def describe(folder: Path, config: Config, sources: dict, command: str, doctor: dict) -> None:
     """args.json and env.json: what is run, and on what."""
-    write_json(folder / "args.json", {"command": command, "config": asdict(config)})
+    write_json(folder / "args.json",
+               {"command": command, "config": asdict(config), "sources": sources})
     write_json(folder / "env.json", {"corpus": doctor, **environment()})
 
 
@@ -142,9 +190,14 @@ class State:
 def save_state(folder: Path, state: State, parts: nn.ModuleDict,
                optimizer: torch.optim.Optimizer) -> None:
     """All that a run needs to go on exactly: random draws are functions of seed and step."""
-    with replacing(folder / "state.pt") as fresh:
-        torch.save({"state": asdict(state), "parts": parts.state_dict(),
-                    "optimizer": optimizer.state_dict()}, fresh)
+    everything = {"state": asdict(state), "parts": parts.state_dict(),
+                  "optimizer": optimizer.state_dict()}
+    with replacing(folder / "state.pt") as fresh, fresh.open("wb") as file:
+        try:
+            torch.save(everything, file)
+        except RuntimeError as error:                             # torch's; it hides a full disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+    settle_best(folder, state)
 
 
 def load_state(folder: Path, parts: nn.ModuleDict,
@@ -155,22 +208,61 @@ def load_state(folder: Path, parts: nn.ModuleDict,
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = State(**saved["state"])
         parts.load_state_dict(saved["parts"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = State(**saved["state"])
+        check_state(state, optimizer)
     except Exception as error:
         raise ValueError(f"{path}: expected the state of this run, found something else "
                          f"({str(error)[:80]!r}): start again with --overwrite") from None
-    drop_lines_after(folder / "metrics.jsonl", state.step)
     return state
 
 
+def clear_after(folder: Path, state: State) -> None:
+    """What a killed run left that its state does not know of: it comes again."""
+    settle_best(folder, state)
+    drop_lines_after(folder / "metrics.jsonl", state.step)
+
+
+def check_state(state: State, optimizer: torch.optim.Optimizer) -> None:
+    """What torch would not notice: it reads moments of any shape, even past their end."""
+    if not (type(state.step) is type(state.best_step) is int and 0 <= state.best_step <= state.step
+            and type(state.best) is float):
+        raise ValueError(f"step {state.step}, best {state.best} at {state.best_step}")
+    Result(**state.before)
+    for parameter, moments in optimizer.state.items():
+        if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            raise ValueError("moments of another shape than their parameter")
+
+
+def waiting(folder: Path, step: int) -> Path:
+    """Where the model of a step waits until the state that names it is on the disk."""
+    return folder / f".best-{step}"
+
+
+def settle_best(folder: Path, state: State) -> None:
+    """The model that the state calls the best takes its place; another was never decided on."""
+    for path in folder.glob(".best-*"):
+        if path == waiting(folder, state.best_step):
+            settle(path, folder)
+        else:
+            shutil.rmtree(path)
+
+
 def drop_lines_after(path: Path, step: int) -> None:
-    """A killed run may have logged steps that its state does not know of: they come again."""
+    """Nor may a line be kept that was never finished."""
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines(keepends=True)
-                 if line.endswith("}\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(lines))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if step_of(line) <= step))
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for what is no whole line."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("}\n") else None
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return math.inf
+    return step if type(step) is int else math.inf
 
 
 class Log:
@@ -199,7 +291,7 @@ class Log:
                                      "--learning-rate; the best model so far is kept")
         speed = self.count * self.batch_size / (time.perf_counter() - self.since)
         row = {"step": step, "loss": loss, **figures, "sentences_per_second": speed}
-        with self.path.open("a") as file:
+        with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(plain(row)) + "\n")
         self.restart()
         return row
@@ -234,9 +326,14 @@ def conclude(folder: Path, config: Config, state: State, after: Result, *, keep_
     write_text(folder / "results.md", text)
     write_text(folder / "README.md", model_card(folder, config, text))
     write_json(folder / "results.json", results)                  # last: it says "finished"
-    if not keep_state:
-        (folder / "state.pt").unlink(missing_ok=True)
+    drop_state(folder, keep=keep_state)
     return results
+
+
+def drop_state(folder: Path, *, keep: bool) -> None:
+    """A finished run needs it no more."""
+    if not keep:
+        (folder / "state.pt").unlink(missing_ok=True)
 
 
 def as_markdown(config: Config, results: dict) -> str:

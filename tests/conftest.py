@@ -15,12 +15,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A BERT of 2 layers x 32, random weights, the tokenizer of `mini`: trains in moments."""
+def make_tiny(folder: Path) -> Path:
     from folders import read_config, save
     from model import Encoder, SentenceEncoder
-    folder = tmp_path_factory.mktemp("encoders") / "tiny"
     shutil.copytree(ROOT / "mini", folder)
     settings = json.loads((folder / "config.json").read_text())
     settings |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
@@ -29,6 +26,12 @@ def tiny(tmp_path_factory) -> Path:
     files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     save(SentenceEncoder(Encoder(read_config(folder)), pooling="cls", files=files), folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A BERT of 2 layers x 32, random weights, the tokenizer of `mini`: trains in moments."""
+    return make_tiny(tmp_path_factory.mktemp("encoders") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def test_damage_is_reported_with_its_place(tmp_path, texts, scores, found):
 def test_bytes_that_are_no_utf8_are_reported(tmp_path):
     subset(tmp_path, "", "1\n")
     (tmp_path / "STS.input.toy.txt").write_bytes(b"a\tb\xff\n")
-    with pytest.raises(ValueError, match="expected UTF-8 text, found the byte 0xff at position 3"):
+    with pytest.raises(ValueError, match="toy.txt:1: expected UTF-8, found the byte 0xff"):
         read_subset(tmp_path, "toy", 1)
 
 

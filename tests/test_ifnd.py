@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from dataclasses import dataclass, replace
 from functools import partial
 

@@ -432,10 +432,12 @@ def test_what_an_old_config_leaves_unsaid_is_what_transformers_assumes(tmp_path)
 def test_a_tokenizer_of_another_encoder_is_refused():
     config = m.EncoderConfig("bert", 1000, D, L, H, 53)
     for size in (1000, 996, 900):                                 # padded vocabularies are normal
-        folders.check_vocabulary(config, size)
+        folders.check_vocabulary(config, range(size))
     for size in (1001, 899):
         with pytest.raises(ValueError, match=f"90 to 100 % .* 1000 entries, found {size}"):
-            folders.check_vocabulary(config, size)
+            folders.check_vocabulary(config, range(size))
+    with pytest.raises(ValueError, match="ids below the encoder's 1000, found 1009"):
+        folders.check_vocabulary(config, range(10, 1010))
 
 
 # --- Folders of sentence-transformers ---

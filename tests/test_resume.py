@@ -1,0 +1,240 @@
+"""Nothing is lost: a run that was stopped, killed or out of disk goes on exactly where it was."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import mincse
+import runs
+from methods import METHODS
+from test_mincse import tiny_lm                                  # noqa: F401
+
+HERE = Path(__file__).parent
+
+# What each method needs to run on sixteen documents of six sentences, beyond the usual flags.
+NEEDS = {
+    "simcse": {"positives": "crop", "mlm_weight": .1, "encoder": "lm"},
+    "is-cse": {"buffer_size": 20, "neighbours": 3},
+    "infocse": {"annotation_rounds": 3, "annotation_quantile": .5},
+    "sscl": {"layers_as_negatives": 1},
+    "kdmcse": {"teacher": "vectors"},
+    "twins": {"teacher": "lm"},
+    "diffcse": {"encoder": "lm"},
+    "cards": {"retrieve_from": 8},
+    "debcse": {"teacher": "lm", "epochs": 2},
+}
+
+
+def bits(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+def log(folder, *without):
+    """metrics.jsonl but for the speed, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("sentences_per_second", *without)}
+            for line in lines]
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory):
+    """Sixteen documents of six sentences of seven words."""
+    path = tmp_path_factory.mktemp("documents") / "documents.txt"
+    who = ["the dog", "a cat", "my owl", "an elk"]
+    where = ["in the old house", "by the sea", "at the long wall", "on a hill"]
+    does = ["runs fast", "sees us", "eats bread", "reads books", "sings well", "sleeps on"]
+    path.write_text("\n".join("".join(f"{a} {c} {b} today.\n" for c in does)
+                              for a in who for b in where))
+    return path
+
+
+# ---- going on -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("method", METHODS)
+def test_ten_steps_are_five_and_a_resume_and_five_to_the_last_bit(
+        method, program, stopped, documents, pairs, tiny_lm, tmp_path):          # noqa: F811
+    """A new method must say in NEEDS what it needs. infocse stops inside its third round, that of
+    steps 6 and 7, after two annotations."""
+    numpy.save(tmp_path / "vectors.npy",
+               numpy.random.default_rng(0).standard_normal((96, 8), numpy.float32))
+    stand_for = {"lm": tiny_lm, "vectors": tmp_path / "vectors.npy"}
+    flags = {"method": method, "corpus": documents, "steps": 10, "dev": pairs, "dev_every": 3,
+             **{name: stand_for.get(value, value) for name, value in NEEDS[method].items()}}
+    whole = program(out="whole", **flags)
+    assert stopped(6 if method == "infocse" else 5, program, out="parts", **flags) == 130
+    if method == "infocse":
+        state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
+        assert state["parts"]["method.annotations"] == 2
+    parts = program("--resume", out="parts", **flags)
+    assert bits(whole) == bits(parts)
+    # The mean loss of the stretch in which the run was stopped is that of its rest.
+    assert log(whole, "loss") == log(parts, "loss")
+    assert (whole / "results.json").read_text() == (parts / "results.json").read_text()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_either_signal_saves_the_state_and_has_its_exit_code(
+        number, code, program, stopped, monkeypatch, capsys, tmp_path):
+    raise_signal = signal.raise_signal
+    monkeypatch.setattr(signal, "raise_signal", lambda _: raise_signal(number))
+    assert stopped(2, program) == code
+    assert capsys.readouterr().err.rstrip().endswith("--resume")
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["state"]["step"] == 2
+
+
+def edit(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
+def change_encoder(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.LayerNorm.bias"] += 1e-6
+    save_file(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("flag, change", [
+    ("--corpus", lambda own: edit(own["corpus"], "a cat digs", "a cat dug")),
+    ("--test", lambda own: edit(own["test"], "4.8", "4.9")),
+    ("--encoder", lambda own: change_encoder(own["encoder"])),
+    ("--teacher", lambda own: numpy.save(own["teacher"], numpy.load(own["teacher"]) + 1)),
+])
+def test_what_a_name_stands_for_must_not_have_changed(
+        flag, change, program, stopped, tiny, sentences, pairs, tmp_path, capsys):
+    own = {"encoder": shutil.copytree(tiny, tmp_path / "own"),
+           "corpus": shutil.copy(sentences, tmp_path / "own.txt"),
+           "test": shutil.copy(pairs, tmp_path / "own.tsv"), "teacher": tmp_path / "own.npy"}
+    numpy.save(own["teacher"], numpy.ones((64, 8), numpy.float32))
+    stopped(2, program, method="kdmcse", **own)
+    change(own)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        program("--resume", method="kdmcse", **own)
+    said = capsys.readouterr().err
+    assert refused.value.code == 2 and f"was started with another {flag} of the same name" in said
+
+
+@pytest.mark.parametrize("setting", [
+    {"method": "sscl", "layers_as_negatives": 1}, {"loss": "focal"}, {"positives": "crop"},
+    {"batch_size": 4}, {"steps": 5}, {"seed": 1}, {"learning_rate": .1}, {"max_tokens": 9},
+    {"dropout": 0.}, {"dev_every": 2}, {"precision": "bf16"}, {"pooling": "mean"}], ids=str)
+def test_a_setting_that_changes_the_numbers_is_named(setting, program, stopped, capsys):
+    stopped(2, program)
+    with pytest.raises(SystemExit) as refused:
+        program("--resume", **setting)
+    flag = "--" + next(iter(setting)).replace("_", "-")
+    assert refused.value.code == 2
+    assert f"was started with {flag} " in capsys.readouterr().err
+
+
+def test_a_run_may_go_on_with_other_threads(program, stopped):
+    stopped(2, program)
+    assert (program("--resume", threads=1) / "results.json").exists()
+
+
+# ---- killed ---------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of kill.py are forked")
+def test_killed_again_and_again_a_run_ends_as_if_nothing_had_happened():
+    done = subprocess.run([sys.executable, HERE / "kill.py", "--times", "3"], text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"3 kills: [123] runs ended as one that nobody disturbed\n", done.stdout)
+
+
+def test_a_model_that_the_state_does_not_know_of_never_takes_the_place_of_the_best(
+        program, stopped, monkeypatch, tmp_path):
+    """Killed between the two: the model of step 4 waits, and the state still is that of step 2."""
+    def save_or_die(folder, state, *rest):
+        if state.step == 4:
+            raise KeyboardInterrupt
+        saved(folder, state, *rest)
+
+    flags, saved, out = {"steps": 6, "dev_every": 2}, runs.save_state, tmp_path / "run"
+    whole = program(out="whole", **flags)
+    stopped(2, program, out="two", **flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(runs, "save_state", save_or_die)
+        program(**flags)
+    assert (out / ".best-4").exists() and bits(out) == bits(tmp_path / "two") != bits(whole)
+    assert bits(program("--resume", **flags)) == bits(whole)
+    assert not list(out.glob(".best-*"))
+
+
+def test_a_model_that_the_state_calls_the_best_is_put_in_its_place_even_if_half_of_it_was(
+        program, stopped, tmp_path):
+    """Killed while the files of step 4 took their places one after another."""
+    flags, out = {"steps": 6, "dev_every": 2}, tmp_path / "run"
+    stopped(4, program, **flags)
+    four = bits(out)
+    (out / ".best-4" / "1_Pooling").mkdir(parents=True)
+    for name in ("model.safetensors", "1_Pooling/config.json"):
+        (out / name).rename(out / ".best-4" / name)
+    (out / "model.safetensors").write_bytes(b"that of step 2")
+    runs.clear_after(out, runs.State(step=4, best_step=4))
+    assert bits(out) == four and (out / "1_Pooling" / "config.json").exists()
+
+
+def test_lines_of_a_run_that_was_killed_before_its_first_state_come_once(program, tmp_path):
+    whole = program(out="whole", steps=12)
+    assert [line["step"] for line in log(whole)] == [10, 12]
+    early = tmp_path / "run"
+    early.mkdir()
+    for name in ("args.json", "env.json"):
+        shutil.copy(whole / name, early)
+    edit(early / "args.json", str(whole), str(early))
+    (early / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + '{"step": 13, "l')
+    assert log(program("--resume", steps=12)) == log(whole)
+
+
+def test_a_run_killed_while_it_wrote_its_first_file_begins_again(program, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json.tmp").write_text('{"comm')
+    assert (program() / "results.json").exists()
+
+
+def test_overwriting_leaves_no_model_of_the_run_before(program, stopped, tmp_path):
+    program()
+    stopped(2, program, "--overwrite", seed=7)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+# ---- a full disk ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("room", [100, 30_000, 3_000_000], ids=["log", "model", "state"])
+def test_a_full_disk_ends_with_one_sentence_and_the_last_state_whole(
+        room, program, stopped, tmp_path, monkeypatch, capsys, pairs):
+    """No file may grow beyond `room` bytes: first metrics.jsonl, the model, or state.pt fails."""
+    resource = pytest.importorskip("resource")
+    flags = {"steps": 8, "dev": pairs, "dev_every": 2, "pooling": "mean", "learning_rate": 1e-3}
+    whole = program(out="whole", **flags)
+    stopped(5, program, **flags)
+    out = tmp_path / "run"
+    before = {path: path.read_bytes() for path in out.rglob("*")
+              if path.is_file() and path.name != "metrics.jsonl"}
+    main = mincse.main
+    monkeypatch.setattr(mincse, "main", lambda argv=None: main(argv) if argv else again())
+    again = partial(program, "--resume", **flags)
+    capsys.readouterr()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        code = mincse.program()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err
+    assert code == 1 and "not written (File too large); what was saved before stands" in said
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert not list(out.glob("*.tmp"))
+    assert bits(again()) == bits(whole)
+    assert log(out, "loss") == log(whole, "loss")
