@@ -404,7 +404,7 @@ def test_a_missing_file_is_an_error_that_names_it(name, tmp_path):
     ({"hidden_size": "35"}, r"hidden_size \(int\), found 35"),
     ({"pad_token_id": None}, r"pad_token_id \(int\), found None"),
     ({"num_attention_heads": 4}, "num_attention_heads divides, found 35 and 4"),
-    ({"num_attention_heads": 0}, "num_attention_heads divides, found 35 and 0"),
+    ({"num_attention_heads": 0}, "num_attention_heads to be 1 or more, found 0"),
 ])
 def test_an_encoder_that_this_one_is_not_is_refused(change, message, tmp_path):
     theirs("bert", tmp_path)
