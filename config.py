@@ -90,6 +90,8 @@ class Config:
     precision: str = flag("auto", "system", "auto: bf16 where the processor is built for it",
                           ["auto", "fp32", "bf16"])
     threads: int = flag(0, "system", "processor threads; 0: all")
+    micro_batch: int = flag(0, "system", "rows encoded at a time: less memory and the same "
+                            "gradient for a third more time; 0: the whole batch")
 
 
 # SimCSE Table A.1; base and large are the published sizes, small is anything below 768 wide.
@@ -225,7 +227,7 @@ POSITIVE = ("retrieve_from", "propensity_bins", "annotation_rounds", "mate_tempe
             "dev_every")
 AT_LEAST_0 = ("hard_negative_weight", "mlm_weight", "weight_decay", "neighbours", "alpha_start",
               "steps", "threads", "seed", "twins_weight", "queue_batches",
-              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved")
+              "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved", "micro_batch")
 UP_TO = {"twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
          "angular_margin": 1.5}                                   # below a right angle
 SHARE = ("annotation_quantile", "rate", "dropout", "mlm_rate", "rtd_rate")

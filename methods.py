@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Tokenizer, batches, encoder_folder, mask_tokens
+from devices import Pieces
 from eval_sts import open_encoder
 from folders import load, load_masked_lm, read_config
 from losses import (LOSSES, angular_margin_nce, cosine, detection_loss, innate_margin, twin_gap,
@@ -55,8 +56,9 @@ class Encoded:
     rows: Tensor | None = None        # (B,) row numbers in the corpus
     ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
     mask: Tensor | None = None        # (V·B, T)
-    hidden: list[Tensor] | None = None   # L + 1 x (V·B, T, D); of the last layer maybe T = 1
+    hidden: list[Tensor] | None = None   # `layers_read` x (V·B, T, D); of the last maybe T = 1
     bf16: bool = False                # a method's own networks compute like the encoder
+    pieces: Pieces = Pieces()         # and in the same pieces
 
     @property
     def anchor(self) -> Tensor:                                   # (B, D)
@@ -75,6 +77,7 @@ class SimCSE(nn.Module):
     """
     columns_taken = (1, 2, 3)
     reads_teacher = False             # whether it needs corpus.teacher
+    layers_read = 1                   # how many hidden layers `loss` gets, from the last one down
     head = Head                       # between pooling and loss while training
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):
@@ -160,6 +163,7 @@ class SSCL(SimCSE):
         super().__init__(corpus, config, model=model)
         # Pooling and head, whichever there is. As a bound method they are no parts of this module.
         self.embed = model.embed
+        self.layers_read = 1 + config.layers_as_negatives
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
         plain, weight = super().loss(out), self.config.layer_weight
@@ -332,7 +336,8 @@ class DiffCSE(SimCSE):
             return contrast
         with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
             edited = self.edit(out.ids, out.mask, out.step)                         # (2B, T)
-            logits = self.detect(edited, out.mask, torch.cat(out.columns))          # (2B, T, 2)
+            [logits] = out.pieces(lambda *block: [self.detect(*block)],             # (2B, T, 2)
+                                  edited, out.mask, torch.cat(out.columns))
         replaced = edited != out.ids                                                # (2B, T)
         detection = detection_loss(logits.to(contrast.dtype), replaced, out.mask)
         right = (logits.argmax(dim=-1) == replaced)[out.mask].float()               # (R,)

@@ -75,11 +75,11 @@ def stopped(monkeypatch):
     def stop(step, run, *flags, **settings) -> int:
         add, taken = runs.Log.add, []
 
-        def add_and_stop(log, loss):
+        def add_and_stop(log, loss, **facts):
             taken.append(loss)
             if len(taken) == step:
                 signal.raise_signal(signal.SIGINT)
-            add(log, loss)
+            add(log, loss, **facts)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(runs.Log, "add", add_and_stop)
             run(*flags, **settings)

@@ -1,0 +1,245 @@
+"""Pieces of a batch and processes that share it: the same gradient, one writer, no hang."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import devices
+import mincse
+import runs
+from devices import Pieces
+from folders import MASKED_LM, load, read, translate, write
+from losses import LOSSES, info_nce
+from methods import METHODS, Encoded
+from model import MaskedLMHead
+
+ROOT = Path(__file__).parent.parent
+KINDS = [{"method": method} for method in METHODS] + [
+    {"loss": loss} for loss in list(LOSSES)[1:]] + [{"mlm_weight": .1}]
+SETTINGS = {"is-cse": {"buffer_size": 16, "neighbours": 3}, "cards": {"retrieve_from": 4},
+            "sscl": {"layers_as_negatives": 1}}
+
+
+@pytest.fixture(scope="module")
+def lm(tiny, tmp_path_factory):
+    """The tiny encoder with a masked-LM head."""
+    folder = tmp_path_factory.mktemp("encoders") / "lm"
+    shutil.copytree(tiny, folder)
+    torch.manual_seed(0)
+    model = load(tiny)
+    head = MaskedLMHead(model.config, model.encoder.words.weight).state_dict()
+    del head["words"]
+    path = folder / "model.safetensors"
+    write(path, read(path) | translate(head, MASKED_LM["bert"]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def given(lm, tiny, sentences, pairs, tmp_path_factory):
+    """given(method) -> flags for it: documents, or triples where it needs those; a teacher."""
+    folder, lines = tmp_path_factory.mktemp("corpora"), sentences.read_text().splitlines()
+    documents, triples = folder / "documents.txt", folder / "triples.tsv"
+    documents.write_text("\n\n".join("\n".join(lines[i : i + 8]) for i in range(0, 64, 8)) + "\n")
+    triples.write_text("".join(f"{a}\t{b}\t{c}\n" for a, b, c in
+                               zip(lines, lines[1:] + lines[:1], lines[9:] + lines[:9])))
+
+    def flags(method="simcse", **settings):
+        kind = METHODS[method]
+        found = {"method": method, "encoder": str(lm), "test": str(pairs), "batch_size": 8,
+                 "steps": 4, "corpus": str(documents if 1 in kind.columns_taken else triples)}
+        if kind.reads_teacher:
+            found["teacher"] = str(tiny)
+        return found | SETTINGS.get(method, {}) | settings
+    return flags
+
+
+def gradients(flags, *, steps=2):
+    """Of the last of some steps that change no weight, but fill buffers; and the figures."""
+    inputs = mincse.read_inputs(flags)
+    job = mincse.build(inputs, replace(inputs.config, learning_rate=0., clip=1e9))
+    mincse.prepare(job)
+    for step, loss, out in mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1):
+        if step == steps:
+            break
+    found = {name: p.grad for name, p in job.parts.named_parameters() if p.grad is not None}
+    return found, job.parts["method"].state_dict(), loss
+
+
+def apart(a, b):
+    """The largest difference of any gradient, in units of the largest gradient."""
+    assert a.keys() == b.keys() and a
+    return max((a[name] - b[name]).abs().max().item() for name in a) / max(
+        x.abs().max().item() for x in a.values())
+
+
+def same(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+# ---- pieces ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("flags", KINDS, ids=str)
+def test_pieces_have_the_gradient_of_one_graph_with_the_same_dropout(given, monkeypatch, flags):
+    """8 rows in pieces of 3, 3, 2. All that a method remembers is the same, too."""
+    found, state, loss = gradients(given(**flags, micro_batch=3))
+    monkeypatch.setattr(devices, "once_more", devices.seeded)     # the graph of a piece is kept
+    expected, expected_state, expected_loss = gradients(given(**flags, micro_batch=3))
+    assert apart(found, expected) < 1e-6 and loss == expected_loss
+    same(state, expected_state)
+
+
+@pytest.mark.parametrize("flags", KINDS, ids=str)
+def test_without_dropout_pieces_have_the_gradient_of_the_whole_batch(given, flags):
+    usual = flags | {"dropout": 0., "pooling": "mean"}            # random [CLS] vectors are equal
+    found, _, loss = gradients(given(**usual, micro_batch=3))
+    expected, _, expected_loss = gradients(given(**usual))
+    assert apart(found, expected) < 1e-6 and loss.item() == pytest.approx(expected_loss.item())
+
+
+def test_each_piece_is_encoded_twice_once_without_a_graph(given):
+    """12 rows in two columns, 5 at a time: pieces of 10, 10 and 4 texts, then back from the end."""
+    inputs = mincse.read_inputs(given(batch_size=12, micro_batch=5))
+    job, seen = mincse.build(inputs, inputs.config), []
+    job.model.encoder.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    next(mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1))
+    assert seen == [10, 10, 4, 4, 10, 10]
+
+
+def test_pieces_differ_in_dropout_and_come_back_in_the_order_of_the_block():
+    """Two columns of five rows, two rows at a time."""
+    x = torch.arange(10.)[:, None].expand(10, 50).clone()
+    torch.manual_seed(0)
+    [same], [dropped] = (Pieces(2, 2)(f, x) for f in (
+        lambda piece: [piece + 0], lambda piece: [torch.nn.functional.dropout(piece + 1, .5)]))
+    assert torch.equal(same, x)
+    kept = dropped != 0
+    assert kept.float().mean() == pytest.approx(.5, abs=.1)
+    assert not torch.equal(kept[[0, 5]], kept[[2, 7]])
+
+
+def test_a_run_may_go_on_in_smaller_pieces(program, stopped):
+    whole = program(out="whole", steps=6, dropout=0.)
+    stopped(3, program, out="parts", steps=6, dropout=0.)
+    parts = program("--resume", out="parts", steps=6, dropout=0., micro_batch=3)
+    for name, expected in load_file(whole / "model.safetensors").items():
+        found = load_file(parts / "model.safetensors")[name]
+        assert torch.allclose(found, expected, atol=2e-4), name   # Adam divides by small numbers
+
+
+# ---- several processes ----------------------------------------------------------------------
+
+def torchrun(*arguments, **settings):
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                             "--nproc_per_node=2", *map(str, arguments)], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, **settings)
+
+
+ALL_METHODS = """
+    import json, sys, torch
+    sys.path[:0] = {paths}
+    import devices
+    from test_devices import gradients
+    devices.join()
+    found = {{name: gradients(flags) for name, flags in json.load(open({flags!r})).items()}}
+    torch.save(found, {out!r} + str(devices.rank()))
+    print("done by", devices.rank())
+    devices.leave()
+"""
+
+
+def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(given, tmp_path):
+    """With dropout, against pieces of the same rows; and both remember the same, to the bit."""
+    asked = {str(flags): given(**flags) for flags in KINDS} | {"smaller": given(micro_batch=3)}
+    flags, script, out = tmp_path / "flags.json", tmp_path / "all.py", tmp_path / "found"
+    flags.write_text(json.dumps(asked))
+    script.write_text(textwrap.dedent(ALL_METHODS).format(
+        paths=[str(ROOT), str(ROOT / "tests")], flags=str(flags), out=str(out)))
+    said, complaints = torchrun(script).communicate(timeout=120)
+    assert said == "done by 0\n", complaints
+    first, second = (torch.load(f"{out}{rank}") for rank in range(2))
+    for name, settings in asked.items():
+        alone = gradients(settings | {"micro_batch": 4})
+        if name != "smaller":                                     # 3 + 1 rows, not 4: other dropout
+            assert apart(first[name][0], alone[0]) < 1e-6, name
+            assert first[name][2].item() == pytest.approx(alone[2].item()), name
+        same(first[name], second[name])
+
+
+def arguments(tiny, sentences, pairs, folder, **settings):
+    settings = {"encoder": tiny, "corpus": sentences, "test": pairs, "batch_size": 8, "dropout": 0.,
+                "out": folder} | settings
+    return [ROOT / "mincse.py", *(text for name, value in settings.items()
+                                  for text in ("--" + name.replace("_", "-"), str(value)))]
+
+
+def test_two_processes_go_on_with_a_run_of_one_and_a_single_one_writes(
+        program, stopped, tiny, sentences, pairs, tmp_path):
+    """Without dropout: the same weights as the run that one process does alone."""
+    usual = {"steps": 12, "dropout": 0., "method": "is-cse", "buffer_size": 16, "neighbours": 3}
+    whole = program(out="whole", **usual)
+    stopped(5, program, out="parts", **usual)
+    parts = tmp_path / "parts"
+    said, complaints = torchrun(*arguments(tiny, sentences, pairs, parts, **usual),
+                                "--resume").communicate(timeout=120)
+    assert said == (parts / "results.md").read_text() + "\n", complaints
+    assert complaints.count("corpus ") == 1
+    assert {path.name for path in parts.iterdir()} == {path.name for path in whole.iterdir()}
+    assert [json.loads(line)["step"] for line in (parts / "metrics.jsonl").read_text().splitlines()
+            ] == [10, 12]
+    for name, expected in load_file(whole / "model.safetensors").items():
+        found = load_file(parts / "model.safetensors")[name]
+        assert torch.allclose(found, expected, atol=2e-4), name   # Adam divides by small numbers
+
+
+@pytest.fixture
+def shared(tiny, sentences, pairs, tmp_path):
+    """A run of two processes without an end, in its first steps; and its folder."""
+    folder = tmp_path / "run"
+    running = torchrun(*arguments(tiny, sentences, pairs, folder, steps=100_000))
+    while not (folder / "metrics.jsonl").exists() and running.poll() is None:
+        time.sleep(.05)
+    yield running, folder
+    running.kill()
+
+
+def workers(process):
+    """The processes that torchrun started, the first one first."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    rank = {int(child): re.search(r"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_text())[1]
+            for child in children}
+    return sorted(rank, key=rank.get)
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize("dies, says", [(1, "process 1 of 2"), (0, "process 2 of 2")])
+def test_when_a_process_dies_the_other_ends_with_one_sentence(shared, dies, says):
+    running, folder = shared
+    os.kill(workers(running)[dies], signal.SIGKILL)
+    complaints = running.communicate(timeout=60)[1]
+    [line] = re.findall("mincse.py: .*", complaints)
+    assert line == (f"mincse.py: {says}: another process of this run has ended, and none goes on "
+                    "without it; go on from the last saved state with:")
+    assert re.search(r"\n  torchrun --nproc_per_node=2 \S*mincse.py .* --resume\n", complaints)
+    assert "mincse.py\", line" not in complaints and running.returncode == 1
+
+
+def test_control_c_saves_what_all_processes_have(shared):
+    running, folder = shared
+    running.send_signal(signal.SIGINT)
+    complaints = running.communicate(timeout=60)[1]
+    step = int(re.search(r"stopped at step (\d+) of 100000, state saved", complaints)[1])
+    assert torch.load(folder / "state.pt")["state"]["step"] == step >= 10
+    assert complaints.count("stopped at") == 1 and "mincse.py\", line" not in complaints
