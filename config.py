@@ -90,8 +90,8 @@ class Config:
     precision: str = flag("auto", "system", "auto: bf16 where the processor is built for it",
                           ["auto", "fp32", "bf16"])
     threads: int = flag(0, "system", "processor threads; 0: all")
-    micro_batch: int = flag(0, "system", "rows encoded at a time: less memory and the same "
-                            "gradient for a third more time; 0: the whole batch")
+    micro_batch: int = flag(0, "system", "rows of a column encoded at a time: less memory, "
+                            "the same gradient, one more forward pass; 0: all")
 
 
 # SimCSE Table A.1; base and large are the published sizes, small is anything below 768 wide.

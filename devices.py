@@ -90,7 +90,8 @@ def within_memory(steps: Iterator, config) -> Iterator:
         rows = min(config.micro_batch or share, share)
         way = (f"try --micro-batch {rows // 2}, which has the same gradient" if rows > 1 else
                "try a lower --max-tokens, or a smaller encoder")
-        raise MemoryError(f"out of memory with {rows} rows of a column at a time: {way}") from None
+        raise MemoryError(f"out of memory with {rows} row{'s' * (rows > 1)} of a column at a time: "
+                          f"{way}") from None
 
 
 def lacks_memory(error: Exception) -> bool:

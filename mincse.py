@@ -308,12 +308,11 @@ def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
     loop = steps_of(job, batches_by_round(job, first=state.step + 1), first=state.step + 1)
     bar = tqdm(loop, total=job.steps, initial=state.step, disable=None, unit="step")
     for step, loss, out in bar:
-        log.add(loss, step=step, rows=out.rows, learning_rate=job.optimizer.param_groups[0]["lr"])
-        number = devices.highest(stop.signal)                     # whichever process was asked
-        state = devices.once(keep_books, job, log, replace(state, step=step), out, last=number > 0)
+        state = devices.once(keep_books, job, log, replace(state, step=step), loss, out)
         bar.set_postfix(log.shown, refresh=False)
-        if number:
+        if number := devices.highest(stop.signal):                # whichever process was asked
             stop.signal = number
+            devices.once(save_sound_state, job, log, state)
             break
     return state
 
@@ -326,23 +325,30 @@ def steps_of(job: Job, batches: Iterator[Batch], *, first: int
     return devices.within_memory(loop, job.config)
 
 
-def keep_books(job: Job, log: runs.Log, state: runs.State, out: Encoded, *, last: bool
+def keep_books(job: Job, log: runs.Log, state: runs.State, loss: Tensor, out: Encoded
                ) -> runs.State:
-    """What follows a step where it is time for it: a line in the log, a score, a saved state."""
-    step, folder, scores = state.step, log.folder, {}
+    """After a step, where it is time for it: a score, a line in the log, a saved state."""
+    step, scores = state.step, {}
+    log.add(loss, step=step, rows=out.rows, learning_rate=job.optimizer.param_groups[0]["lr"])
     due = step % job.config.dev_every == 0 or step == job.steps
-    if due or last or step % LOG_EVERY == 0:
-        log.check(job.inputs.corpus)                              # before anything is saved
+    if not (due or step % LOG_EVERY == 0):
+        return state
+    log.check(job.inputs.corpus)                                  # before anything is saved
     if due:
         with log.paused():
-            state, scores = keep_best(job, folder, state)
-    if due or step % LOG_EVERY == 0:
-        log.line(step, figures(out) | job.parts["method"].logs() | scores)
-        log.warn_of_collapse(job.steps)
-    if due or last:
-        with log.paused():
-            runs.save_state(folder, state, job.parts, job.optimizer)
+            state, scores = keep_best(job, log.folder, state)
+    log.line(step, figures(out) | job.parts["method"].logs() | scores)
+    log.warn_of_collapse(job.steps)
+    if due:
+        save_sound_state(job, log, state)
     return state
+
+
+def save_sound_state(job: Job, log: runs.Log, state: runs.State) -> None:
+    """No state after a loss that was no number: a run that goes on from it is lost."""
+    log.check(job.inputs.corpus)
+    with log.paused():
+        runs.save_state(log.folder, state, job.parts, job.optimizer)
 
 
 def keep_best(job: Job, folder: Path, state: runs.State) -> tuple[runs.State, dict]:

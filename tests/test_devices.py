@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import devices
 import mincse
 import runs
+from config import Config
 from devices import Pieces
 from folders import MASKED_LM, load, read, translate, write
 from losses import LOSSES, info_nce
@@ -224,13 +226,12 @@ def workers(process):
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-@pytest.mark.parametrize("dies, says", [(1, "process 1 of 2"), (0, "process 2 of 2")])
-def test_when_a_process_dies_the_other_ends_with_one_sentence(shared, dies, says):
+def test_when_a_process_dies_the_other_ends_with_one_sentence(shared):
     running, folder = shared
-    os.kill(workers(running)[dies], signal.SIGKILL)
+    os.kill(workers(running)[1], signal.SIGKILL)
     complaints = running.communicate(timeout=60)[1]
     [line] = re.findall("mincse.py: .*", complaints)
-    assert line == (f"mincse.py: {says}: another process of this run has ended, and none goes on "
+    assert line == ("mincse.py: process 1 of 2: another process of this run has ended, and none goes on "
                     "without it; go on from the last saved state with:")
     assert re.search(r"\n  torchrun --nproc_per_node=2 \S*mincse.py .* --resume\n", complaints)
     assert "mincse.py\", line" not in complaints and running.returncode == 1
@@ -243,3 +244,128 @@ def test_control_c_saves_what_all_processes_have(shared):
     step = int(re.search(r"stopped at step (\d+) of 100000, state saved", complaints)[1])
     assert torch.load(folder / "state.pt")["state"]["step"] == step >= 10
     assert complaints.count("stopped at") == 1 and "mincse.py\", line" not in complaints
+
+
+def test_a_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    monkeypatch.setattr(devices, "world", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--batch-size 9: expected a multiple of 2"):
+        devices.check(Config(batch_size=9), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="started 2 processes here, found 1 GPUs"):
+        devices.check(Config(batch_size=8), torch.device("cuda"))
+
+
+def test_gpus_that_are_merely_there_change_nothing(program, monkeypatch):
+    """The environment of a process on a machine with four, not started by torchrun."""
+    alone = load_file(program(out="alone") / "model.safetensors")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    beside = load_file(program(out="beside") / "model.safetensors")
+    assert devices.world() == 1
+    same(alone, beside)
+
+
+# ---- training faults ------------------------------------------------------------------------
+
+@pytest.fixture
+def ended(tiny, sentences, pairs, tmp_path, monkeypatch, capsys):
+    """ended(...) -> the exit code of a run, the last line of its stderr, and its folder."""
+    def run(**settings):
+        argv = arguments(tiny, sentences, pairs, tmp_path / "run", **settings)
+        monkeypatch.setattr(sys, "argv", list(map(str, argv)))
+        code = mincse.program()
+        return code, capsys.readouterr().err.splitlines()[-1], tmp_path / "run"
+    return run
+
+
+@pytest.fixture
+def loss_at(monkeypatch):
+    """loss_at(step, value): from that step on, the loss of SimCSE is times the value."""
+    def change(step, value):
+        loss = METHODS["simcse"].loss
+        monkeypatch.setattr(METHODS["simcse"], "loss", lambda self, out: loss(self, out) * (
+            value if out.step >= step else 1))
+    return change
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_batch(
+        ended, loss_at, sentences, value):
+    loss_at(7, float(value))
+    code, said, folder = ended(steps=20, learning_rate=.001, dev_every=5)
+    assert code == 1
+    assert said == (f"mincse.py: the loss is {value} at step 7, with a learning rate of 0.0007: "
+                    f"{folder}/bad-batch.json has the rows of its batch; try a lower "
+                    "--learning-rate; what was saved before is kept")
+    found = json.loads((folder / "bad-batch.json").read_text())
+    lines = sentences.read_text().splitlines()
+    assert found["step"] == 7 and found["loss"] == value and len(found["losses_before"]) == 1
+    assert found["rows"] == list(data.batches(64, 8, seed=42, epochs=1))[6]
+    assert found["texts"] == [[lines[row]] for row in found["rows"]]
+    assert torch.load(folder / "state.pt")["state"]["step"] == 5
+
+
+def test_no_weights_are_saved_after_a_loss_that_is_no_number(ended, loss_at):
+    """Not even by the signal that comes before the next look at the losses."""
+    loss_at(3, float("nan"))
+    taken, add = [], runs.Log.add
+
+    def add_and_stop(log, loss, **facts):
+        add(log, loss, **facts)
+        taken.append(loss)
+        if len(taken) == 4:
+            signal.raise_signal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.Log, "add", add_and_stop)
+        code, said, folder = ended(steps=20)
+    assert code == 1 and "the loss is nan at step 3" in said
+    assert not (folder / "state.pt").exists() and not (folder / "model.safetensors").exists()
+
+
+def test_collapse_is_named_once(program, capsys):
+    """Without dropout the [CLS] vectors of random weights are all the same."""
+    program(steps=30, dropout=0.)
+    assert re.findall("WARNING: collapse at step (.*): all", capsys.readouterr().err) == ["10"]
+
+
+def test_collapse_is_a_matter_of_all_cosines_and_not_of_the_first_steps(tmp_path, capsys):
+    alike = {"uniformity": -.01, "negative_cosine": .995, "lowest_positive_cosine": .995}
+    for step, steps, figures, warned in [
+            (10, 1000, alike, False), (100, 1000, alike, True), (100, 10**6, alike, True),
+            (100, 1000, alike | {"negative_cosine": .98}, False),
+            (100, 1000, alike | {"lowest_positive_cosine": .5}, False),
+            (100, 1000, alike | {"uniformity": -.3}, False)]:
+        log = runs.Log(tmp_path, 8)
+        log.add(torch.tensor(1.), learning_rate=.1)
+        log.line(step, figures)
+        log.warn_of_collapse(steps)
+        assert ("collapse" in capsys.readouterr().err) == warned
+
+
+def no_memory_on_the_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+def no_memory_for_the_processor():
+    torch.empty(2**60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("fails", [no_memory_on_the_gpu, no_memory_for_the_processor,
+                                   lambda: [0] * 2**60], ids=["gpu", "cpu", "python"])
+@pytest.mark.parametrize("settings, said", [
+    ({}, "out of memory with 8 rows of a column at a time: try --micro-batch 4, which"),
+    ({"micro_batch": 6}, "with 6 rows of a column at a time: try --micro-batch 3,"),
+    ({"micro_batch": 1}, "with 1 row of a column at a time: try a lower --max-tokens")])
+def test_out_of_memory_suggests_half_of_what_failed(ended, monkeypatch, fails, settings, said):
+    monkeypatch.setattr(METHODS["simcse"], "loss", lambda self, out: fails())
+    code, found, _ = ended(steps=4, **settings)
+    assert code == 1 and said in found
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(ended, monkeypatch):
+    def wrong(self, out):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    monkeypatch.setattr(METHODS["simcse"], "loss", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        ended(steps=4)
