@@ -231,8 +231,8 @@ def test_when_a_process_dies_the_other_ends_with_one_sentence(shared):
     os.kill(workers(running)[1], signal.SIGKILL)
     complaints = running.communicate(timeout=60)[1]
     [line] = re.findall("mincse.py: .*", complaints)
-    assert line == ("mincse.py: process 1 of 2: another process of this run has ended, and none goes on "
-                    "without it; go on from the last saved state with:")
+    assert line == ("mincse.py: process 1 of 2: another process of this run has ended, and none "
+                    "goes on without it; go on from the last saved state with:")
     assert re.search(r"\n  torchrun --nproc_per_node=2 \S*mincse.py .* --resume\n", complaints)
     assert "mincse.py\", line" not in complaints and running.returncode == 1
 
