@@ -122,6 +122,8 @@ class Config:
     precision: str = flag("auto", "system", "auto: bf16 where the processor is built for it",
                           ["auto", "fp32", "bf16"])
     threads: int = flag(0, "system", "processor threads; 0: all")
+    micro_batch: int = flag(0, "system", "rows of a column encoded at a time: less memory, "
+                            "the same gradient, one more forward pass; 0: all")
 
 
 # SimCSE Table A.1; base and large are the published sizes, small is anything below 768 wide.
@@ -276,7 +278,8 @@ AT_LEAST_0 = ("hard_negative_weight", "mlm_weight", "weight_decay", "neighbours"
               "steps", "threads", "seed", "twins_weight", "queue_batches",
               "layers_as_negatives", "grounding_weight", "rtd_weight", "retrieved", "refresh",
               "clusters", "focus", "contrast_weight", "classifier_weight", "pseudo_weight",
-              "distillation_weight", "ce_weight", "scl_weight", "penalty_weight", "clients")
+              "distillation_weight", "ce_weight", "scl_weight", "penalty_weight", "clients",
+              "micro_batch")
 UP_TO = {"accepted": 1, "twin_rate": 1, "layer_weight": 1, "teacher_threshold": 1,
          "client_share": 1, "penalty_threshold": 1, "angular_margin": 1.5}   # below a right angle
 SHARE = ("annotation_quantile", "rate", "dropout", "mlm_rate", "rtd_rate")

@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Tokenizer, batches, encoder_folder, mask_tokens
+from devices import Pieces
 from eval_sts import open_encoder
 from folders import load, load_masked_lm, read_config
 from losses import (LOSSES, RELAXED, angular_margin_nce, cosine, detection_loss, innate_margin,
@@ -57,8 +58,9 @@ class Encoded:
     rows: Tensor | None = None        # (B,) row numbers in the corpus
     ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
     mask: Tensor | None = None        # (V·B, T)
-    hidden: list[Tensor] | None = None   # L + 1 x (V·B, T, D); of the last layer maybe T = 1
+    hidden: list[Tensor] | None = None   # `layers_read` x (V·B, T, D); of the last maybe T = 1
     bf16: bool = False                # a method's own networks compute like the encoder
+    pieces: Pieces = Pieces()         # and in the same pieces
 
     @property
     def anchor(self) -> Tensor:                                   # (B, D)
@@ -77,6 +79,7 @@ class SimCSE(nn.Module):
     """
     columns_taken = (1, 2, 3)
     reads_teacher = False             # whether it needs corpus.teacher
+    layers_read = 1                   # how many hidden layers `loss` gets, from the last one down
     head = Head                       # between pooling and loss while training
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):
@@ -165,6 +168,7 @@ class SSCL(SimCSE):
         super().__init__(corpus, config, model=model)
         # Pooling and head, whichever there is. As a bound method they are no parts of this module.
         self.embed = model.embed
+        self.layers_read = 1 + config.layers_as_negatives
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
         plain, weight = super().loss(out), self.config.layer_weight
@@ -337,7 +341,8 @@ class DiffCSE(SimCSE):
             return contrast
         with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
             edited = self.edit(out.ids, out.mask, out.step)                         # (2B, T)
-            logits = self.detect(edited, out.mask, torch.cat(out.columns))          # (2B, T, 2)
+            [logits] = out.pieces(lambda *block: [self.detect(*block)],             # (2B, T, 2)
+                                  edited, out.mask, torch.cat(out.columns))
         replaced = edited != out.ids                                                # (2B, T)
         detection = detection_loss(logits.to(contrast.dtype), replaced, out.mask)
         right = (logits.argmax(dim=-1) == replaced)[out.mask].float()               # (R,)
@@ -792,8 +797,10 @@ class FedRCL(SimCSE):
         self.pool = POOLINGS[model.pooling]
         self.relaxed = partial(RELAXED[config.relaxed], temperature=config.temperature,
                                threshold=config.penalty_threshold)
-        depths = range(1, config.levels + 1)
-        self.layers = [round(model.config.layers * level / config.levels) for level in depths]
+        depth = model.config.layers
+        self.levels = [round(depth * level / config.levels) - depth - 1       # the last is -1
+                       for level in range(1, config.levels + 1)]
+        self.layers_read = -self.levels[0]
         self.classifier = nn.Linear(model.config.width, config.classes)
         self.register_buffer("labels", torch.full((len(corpus.columns[0]),), UNKNOWN))   # (N,)
 
@@ -811,8 +818,8 @@ class FedRCL(SimCSE):
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
         config, labels, self.parts = self.config, self.labels[out.rows], {}
-        levels = [self.pool([out.hidden[layer]], out.mask).to(out.anchor.dtype)
-                  for layer in self.layers]                       # K x (B, D)
+        levels = [self.pool([out.hidden[level]], out.mask).to(out.anchor.dtype)
+                  for level in self.levels]                       # K x (B, D)
         same = (labels[:, None] == labels).fill_diagonal_(False)
         close = cosine(levels[-1], levels[-1]) > config.penalty_threshold
         # `close_mates`: of the pairs of one class the share that the penalty holds apart.

@@ -10,6 +10,7 @@ Read `train` first: it is the algorithm box, and all the rest serves it.
     methods.py    views and loss of a paper   model.py   encoder, poolings, heads
     eval_sts.py   scores                   runs.py       the folder that a run leaves
     regimes.py    several runs in a row
+    devices.py    batches in pieces, and on several devices
 
 Order of a run: read everything and check it, score the start, train while the best model by the
 dev score is kept on disk, score the best.
@@ -38,9 +39,11 @@ from tqdm import tqdm
 
 import config as settings
 import data
+import devices
 import regimes
 import runs
 from config import Config
+from devices import Pieces
 from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pick_device,
                       read_test)
 from folders import contents, load, load_masked_lm, save, stage
@@ -106,12 +109,17 @@ def step_seed(config: Config, step: int) -> int:
     return config.seed * 1_000_003 + step
 
 
-def masked_lm_loss(model: SentenceEncoder, lm_head: MaskedLMHead, batch: Batch) -> Tensor:
+def masked_lm_loss(model: SentenceEncoder, lm_head: MaskedLMHead, batch: Batch,
+                   pieces: Pieces = Pieces()) -> Tensor:
     """Cross-entropy of the masked tokens, in a second forward pass (SimCSE, section 2)."""
-    hidden = model.encoder(batch.masked, batch.mask)[-1]          # (V·B, T, D)
-    asked = batch.labels != -100                                  # (V·B, T)
-    wrong = F.cross_entropy(lm_head(hidden[asked]).float(), batch.labels[asked], reduction="sum")
-    return wrong / asked.sum().clamp(min=1)                       # with no token masked: 0, not NaN
+    def surprise(ids: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:        # -> (V·B, T)
+        asked = labels != -100                                                      # (V·B, T)
+        words = lm_head(model.encoder(ids, mask)[-1][asked]).float()
+        each = F.cross_entropy(words, labels[asked], reduction="none")
+        return [each.new_zeros(mask.shape).masked_scatter(asked, each)]
+
+    [wrong] = pieces(surprise, batch.masked, batch.mask, batch.labels)              # (V·B, T)
+    return wrong.sum() / (batch.labels != -100).sum().clamp(min=1)   # none masked: 0, not NaN
 
 
 def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Iterator[Batch],
@@ -119,6 +127,10 @@ def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Itera
           ) -> Iterator[tuple[int, Tensor, Encoded]]:
     """Steps first..steps. Yields (step, loss, what was compared); the caller logs and saves."""
     model, method = parts["model"], parts["method"]
+
+    def last_layers(ids: Tensor, mask: Tensor) -> list[Tensor]:   # (V·B, T)s -> (V·B, T, D)s
+        return model.layers(ids, mask)[-method.layers_read :]
+
     for step, batch in enumerate(batches, start=first):
         torch.manual_seed(step_seed(config, step))
         for group in optimizer.param_groups:
@@ -126,17 +138,19 @@ def train(parts: nn.ModuleDict, optimizer: torch.optim.Optimizer, batches: Itera
         model.train()                                             # the caller may have scored it
 
         batch = batch.to(device)
+        pieces = Pieces(batch.columns, config.micro_batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = model.layers(batch.ids, batch.mask)          # L + 1 x (V·B, T, D)
+            hidden = pieces(last_layers, batch.ids, batch.mask)   # (V·B, T, D)s
             vectors = model.embed(hidden, batch.mask).float()     # (V·B, D)
-            extra = (config.mlm_weight * masked_lm_loss(model, parts["lm_head"], batch)
+            extra = (config.mlm_weight * masked_lm_loss(model, parts["lm_head"], batch, pieces)
                      if config.mlm_weight else 0)
         out = Encoded(list(vectors.chunk(batch.columns)), step, steps, batch.rows, batch.ids,
-                      batch.mask, hidden, bf16)
+                      batch.mask, hidden, bf16, pieces)
         loss = method.loss(out) + extra
 
         optimizer.zero_grad()
         loss.backward()
+        devices.average_gradients(parts)
         nn.utils.clip_grad_norm_(parts.parameters(), config.clip)
         optimizer.step()
         yield step, loss.detach(), out
@@ -194,6 +208,7 @@ def read_inputs(given: dict) -> Inputs:
         settings.validate(config)
         check(config, len(corpus.columns), layers=model.config.layers)
         check_fit(config, len(corpus), model.config.usable_positions)
+        devices.check(config, device)
         regimes.check(config, [corpus, *later])
     if METHODS[config.method].reads_teacher:
         with exits(3):
@@ -272,7 +287,7 @@ class Stop:
         self.signal = 0
 
     def __call__(self, number: int, frame) -> None:
-        if self.signal:                                           # asked twice: at once
+        if self.signal and devices.world() == 1:                  # asked twice: at once
             raise KeyboardInterrupt
         self.signal = number
 
@@ -297,6 +312,7 @@ def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
         end = begin + count                                       # the next round's first step
         if 1 < begin and first <= begin:
             method.refresh(job.encode, rows)
+            devices.equalize(method)
         if first < end:
             now = max(first, begin)
             batches = make_batches(method, tokenizer, job.config, steps=job.steps, first=now)
@@ -306,30 +322,51 @@ def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
 
 def fit(job: Job, folder: Path, state: runs.State, stop: Stop) -> runs.State:
     """Train to the end or to a signal; the best model so far is always on disk in `folder`."""
-    config, steps = job.config, job.steps
-    batches = batches_by_round(job, first=state.step + 1)
-    log = runs.Log(folder, config.batch_size)
-    loop = train(job.parts, job.optimizer, batches, config, steps=steps, first=state.step + 1,
-                 device=job.inputs.device, bf16=job.bf16)
-    bar = tqdm(loop, total=steps, initial=state.step, disable=None, unit="step")
+    log = runs.Log(folder, job.config.batch_size)
+    loop = steps_of(job, batches_by_round(job, first=state.step + 1), first=state.step + 1)
+    bar = tqdm(loop, total=job.steps, initial=state.step, disable=None, unit="step")
     for step, loss, out in bar:
-        state = replace(state, step=step)
-        log.add(loss)
-        due, scores = step % config.dev_every == 0 or step == steps, {}
-        if due:
-            with log.paused():
-                state, scores = keep_best(job, folder, state)
-        if due or step % LOG_EVERY == 0:
-            rate = job.optimizer.param_groups[0]["lr"]
-            row = log.line(step, figures(out) | job.parts["method"].logs() | scores
-                           | {"learning_rate": rate})
-            bar.set_postfix(loss=f"{row['loss']:.4f}")
-        if due or stop.signal:
-            with log.paused():
-                runs.save_state(folder, state, job.parts, job.optimizer)
-        if stop.signal:
+        state = devices.once(keep_books, job, log, replace(state, step=step), loss, out)
+        bar.set_postfix(log.shown, refresh=False)
+        if number := devices.highest(stop.signal):                # whichever process was asked
+            stop.signal = number
+            devices.once(save_sound_state, job, log, state)
             break
     return state
+
+
+def steps_of(job: Job, batches: Iterator[Batch], *, first: int
+             ) -> Iterator[tuple[int, Tensor, Encoded]]:
+    """The training loop of a job, on whatever devices it has."""
+    loop = train(job.parts, job.optimizer, batches, job.config, steps=job.steps, first=first,
+                 device=job.inputs.device, bf16=job.bf16)
+    return devices.within_memory(loop, job.config)
+
+
+def keep_books(job: Job, log: runs.Log, state: runs.State, loss: Tensor, out: Encoded
+               ) -> runs.State:
+    """After a step, where it is time for it: a score, a line in the log, a saved state."""
+    step, scores = state.step, {}
+    log.add(loss, step=step, rows=out.rows, learning_rate=job.optimizer.param_groups[0]["lr"])
+    due = step % job.config.dev_every == 0 or step == job.steps
+    if not (due or step % LOG_EVERY == 0):
+        return state
+    log.check(job.inputs.corpus)                                  # before anything is saved
+    if due:
+        with log.paused():
+            state, scores = keep_best(job, log.folder, state)
+    log.line(step, figures(out) | job.parts["method"].logs() | scores)
+    log.warn_of_collapse(job.steps)
+    if due:
+        save_sound_state(job, log, state)
+    return state
+
+
+def save_sound_state(job: Job, log: runs.Log, state: runs.State) -> None:
+    """No state after a loss that was no number: a run that goes on from it is lost."""
+    log.check(job.inputs.corpus)
+    with log.paused():
+        runs.save_state(log.folder, state, job.parts, job.optimizer)
 
 
 def keep_best(job: Job, folder: Path, state: runs.State) -> tuple[runs.State, dict]:
@@ -352,18 +389,18 @@ def take_up(inputs: Inputs, config: Config, folder: Path, options: dict
         job, sources = build(inputs, config), runs.sources(inputs)
         before = runs.started(folder) if options["resume"] else None
     with exits(2):
-        runs.claim(folder, config, sources, before, resume=options["resume"],
-                   overwrite=options["overwrite"])
+        devices.once(runs.claim, folder, config, sources, before, resume=options["resume"],
+                     overwrite=options["overwrite"])
     with exits(3):
-        if done := runs.finished(folder):
-            runs.drop_state(folder, keep=options["keep_state"])   # killed just before, it stands
+        if done := runs.finished(folder):                         # killed just before, state stands
+            devices.once(runs.drop_state, folder, keep=options["keep_state"])
             return job, runs.State(), done
         state = runs.load_state(folder, job.parts, job.optimizer)
-    runs.clear_after(folder, state or runs.State())
+    devices.once(runs.clear_after, folder, state or runs.State())
     if state is None:
-        runs.describe(folder, config, sources, command(), inputs.doctor)
-        state = runs.State(before=asdict(score_start(job)))
-        job.parts["method"].prepare(job.encode, config.seed)
+        devices.once(runs.describe, folder, config, sources, command(), inputs.doctor)
+        state = runs.State(before=asdict(devices.once(score_start, job)))
+        prepare(job)
     return job, state, None
 
 
@@ -379,7 +416,13 @@ def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
         print(f"mincse.py: stopped at step {state.step} of {job.steps}, state saved in {folder}; "
               f"go on with:\n  {command()} --resume", file=sys.stderr)
         raise SystemExit(128 + stop.signal)
-    return finish(job, folder, state, keep_state=options["keep_state"])
+    return devices.once(finish, job, folder, state, keep_state=options["keep_state"])
+
+
+def prepare(job: Job) -> None:
+    """Before the first step; of several processes each does it, and has the same to the bit."""
+    job.parts["method"].prepare(job.encode, job.config.seed)
+    devices.equalize(job.parts["method"])
 
 
 def score_start(job: Job) -> Result:
@@ -430,7 +473,7 @@ def finish(job: Job, folder: Path, state: runs.State, *, keep_state: bool,
 def command() -> str:
     """This command line, to be typed again, with --resume after it."""
     kept = [arg for arg in sys.argv if arg not in ("--resume", "--overwrite")]
-    return shlex.join(["python", *kept])
+    return f"{devices.launcher()} {shlex.join(kept)}"
 
 
 def run_all(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
@@ -445,7 +488,7 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> 
         config = replace(inputs.config, seed=seed)
         results[seed] = run_all(inputs, config, folder / f"seed-{seed}", options)
         print(f"seed {seed}: average {results[seed]['test']['avg']:.2f}", file=sys.stderr)
-    return runs.summarise(folder, inputs.config, results)
+    return devices.once(runs.summarise, folder, inputs.config, results)
 
 
 # ---- before it gets serious -----------------------------------------------------------------
@@ -454,12 +497,9 @@ def dry_run(inputs: Inputs) -> str:
     """Three steps, one dev score, a save and a reload: what can break has broken by then."""
     with exits(3):
         job = build(inputs, inputs.config)
-    job.parts["method"].prepare(job.encode, inputs.config.seed)
-    batches = islice(batches_by_round(job, first=1), 3)
-    loop = train(job.parts, job.optimizer, batches, inputs.config, steps=job.steps, first=1,
-                 device=inputs.device, bf16=job.bf16)
+    prepare(job)
     stamps = [time.perf_counter()]
-    for _, loss, _ in loop:
+    for _, loss, _ in steps_of(job, islice(batches_by_round(job, first=1), 3), first=1):
         loss.item()                                               # waits until the step is done
         stamps.append(time.perf_counter())
     started = time.perf_counter()
@@ -505,6 +545,7 @@ def peak_memory(device: torch.device) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    devices.join()
     given = vars(settings.parser().parse_args(argv))
     options = {name: given.pop(name, False) for name in settings.OPTIONS}
     if options["list"]:
@@ -512,7 +553,8 @@ def main(argv: list[str] | None = None) -> None:
     if given.get("threads"):
         torch.set_num_threads(given["threads"])
     seeds = given.pop("seeds", None)
-    inputs = read_inputs(given)
+    with devices.first_ahead():
+        inputs = read_inputs(given)
     for doctor in (inputs.doctor, *inputs.doctor.get("later", ())):
         print("\n".join(data.doctor_lines(doctor)), file=sys.stderr)
     if inputs.config.positives.startswith("switch-case") and not inputs.tokenizer.cased:
@@ -536,13 +578,18 @@ def program(main: Callable[[], None] = main) -> int:
         print(f"{name}: interrupted outside the training loop; go on with:\n"
               f"  {command()} --resume", file=sys.stderr)
         return 130
+    except devices.LostContact as error:
+        devices.complain(f"{error}; go on from the last saved state with:\n  {command()} --resume")
+        return 1
     except OSError as error:
-        print(f"{name}: {error}; what was saved before stands, go on with:\n"
-              f"  {command()} --resume", file=sys.stderr)
+        devices.complain(f"{error}; what was saved before stands, go on with:\n"
+                         f"  {command()} --resume")
         return 1
-    except FloatingPointError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except (FloatingPointError, MemoryError) as error:
+        devices.complain(str(error))
         return 1
+    finally:
+        devices.leave()
     return 0
 
 

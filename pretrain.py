@@ -14,6 +14,7 @@ Not here: vocabulary, sequences and first word vectors (words.py), the encoder a
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ import folders
 import runs
 from config import dashed, flag
 from eval_sts import Result, exits, pick_device
-from mincse import Stop, command, step_seed, wants_bf16
+from mincse import Stop, command, program, step_seed, wants_bf16
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
 from words import (Sequences, positive_pmi, streams, svd_embeddings, tokenizer_files,
                    train_tokenizer)
@@ -266,21 +267,31 @@ def fit(job: Job, state: runs.State, stop: Stop) -> runs.State:
                disable=None, unit="step")
     for step, loss in bar:
         state, due = replace(state, step=step), step % config.dev_every == 0
-        log.add(loss)
+        log.add(loss, learning_rate=job.optimizer.param_groups[0]["lr"])
+        saving = due or stop.signal or time.monotonic() - saved > SAVE_SECONDS
+        if saving or step % LOG_EVERY == 0:
+            check_sound(step, loss.item())
         if due or step % LOG_EVERY == 0:
             line = log_line(job, log, step, scored=due)
             bar.set_postfix_str(line)
             if due:
                 bar.write(f"step {step}: {line}", file=sys.stderr)
-        if due or stop.signal or time.monotonic() - saved > SAVE_SECONDS:
+        if saving:
             with log.paused():
                 job.save(state)
             saved = time.monotonic()
         if stop.signal:
             return state
-    if log.count:
+    if log.steps:
         log_line(job, log, state.step, scored=True)
     return state
+
+
+def check_sound(step: int, loss: float) -> None:
+    """Nothing is saved after a loss that was no number."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower --learning-rate; "
+                                 "what was saved before is kept")
 
 
 def log_line(job: Job, log: runs.Log, step: int, *, scored: bool) -> str:
@@ -288,8 +299,7 @@ def log_line(job: Job, log: runs.Log, step: int, *, scored: bool) -> str:
     with log.paused():
         scores = held_out(job.lm, job.held_out) if scored else {}
     row = log.line(step, scores | {"tokens": step * job.config.batch_size * job.config.max_tokens,
-                                   "seconds": job.lm.seconds.item(),
-                                   "learning_rate": job.optimizer.param_groups[0]["lr"]})
+                                   "seconds": job.lm.seconds.item()})
     return ", ".join(f"{name} {row[name]:.3f}" for name in ("loss", *scores))
 
 
@@ -451,19 +461,5 @@ def run(job: Job, state: runs.State | None, about: dict) -> dict:
     return finish(job, state)
 
 
-def program() -> int:
-    """main with an exit code for what can happen at any moment."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print(f"pretrain.py: interrupted outside the training loop; go on with:\n"
-              f"  {command()} --resume", file=sys.stderr)
-        return 130
-    except (OSError, FloatingPointError) as error:
-        print(f"pretrain.py: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(program())
+    sys.exit(program(main))

@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import devices
 from config import Config, names
 from data import Corpus
 from eval_sts import Encode, Result, StsTest, TwinTest, average as mean_score, table
@@ -310,6 +311,9 @@ def check(config: Config, corpora: Sequence[Corpus]) -> None:
     if config.method == "pnr" and len(given) == 1:
         raise ValueError(f"--method pnr learns one corpus after the other, found {given[0]} "
                          "alone: give --corpus two names or more, or use --method simcse")
+    if of(config) and devices.world() > 1:
+        raise ValueError("a federation or a sequence of corpora is one process, found "
+                         f"{devices.world()}: start it with python, not torchrun")
     if config.clients:
         check_clients(config, corpora[0])
     if len(given) > 1:

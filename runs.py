@@ -19,6 +19,7 @@ import os
 import platform
 import shutil
 import statistics
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -38,8 +39,9 @@ STAGES = "stages"                     # folder of the runs inside a run (regimes
 # What --overwrite removes at once. args.json stays until it is replaced: without it, nobody could
 # tell that the folder is ours.
 OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "model.safetensors",
-             "README.md")
-HARMLESS = ("out", "device", "threads", "data")   # may differ when a run goes on elsewhere
+             "README.md", "bad-batch.json")
+# May differ when a run goes on elsewhere. Smaller pieces draw other dropout, nothing else.
+HARMLESS = ("out", "device", "threads", "data", "micro_batch")
 
 # Lowest, highest and mean average of seven STS tasks over 50 seeds each of unsupervised SimCSE on
 # wiki1m, from the results of hppRC/simple-simcse.
@@ -265,18 +267,40 @@ def step_of(line: str) -> float:
     return step if type(step) is int else math.inf
 
 
+COLLAPSE = ("mincse.py: WARNING: collapse at step {step}: all sentences look alike (uniformity "
+            "{uniformity:.3f}, negatives have a cosine of {negative_cosine:.3f}), so there is "
+            "nothing left to learn from: try a lower --learning-rate, or --pooling mean")
+
+
 class Log:
     """metrics.jsonl: loss and speed are means since the line before, scoring time left out."""
 
     def __init__(self, folder: Path, batch_size: int):
-        self.path, self.batch_size = folder / "metrics.jsonl", batch_size
+        self.folder, self.path, self.batch_size = folder, folder / "metrics.jsonl", batch_size
+        self.shown, self.row, self.warned = {}, {}, False
         self.restart()
 
     def restart(self) -> None:
-        self.total, self.count, self.since = 0, 0, time.perf_counter()
+        self.steps, self.since = [], time.perf_counter()
 
-    def add(self, loss: Tensor) -> None:
-        self.total, self.count = self.total + loss, self.count + 1   # no .item(): no waiting
+    def add(self, loss: Tensor, **facts) -> None:
+        self.steps.append({"loss": loss, **facts})                # no .item(): no waiting
+
+    def check(self, corpus: data.Corpus) -> None:
+        """The first loss that is no number ends the run; its batch is kept for a look at it."""
+        losses = [float(step["loss"]) for step in self.steps]
+        for at, (loss, step) in enumerate(zip(losses, self.steps)):
+            if math.isfinite(loss):
+                continue
+            rows = step["rows"].tolist()
+            path = self.folder / "bad-batch.json"
+            write_json(path, {**step, "loss": str(loss), "rows": rows, "losses_before": losses[:at],
+                              "texts": [[column[row] for column in corpus.columns]
+                                        for row in rows]})
+            raise FloatingPointError(
+                f"the loss is {loss} at step {step['step']}, with a learning rate of "
+                f"{step['learning_rate']:.2g}: {path} has the rows of its batch; try a lower "
+                "--learning-rate; what was saved before is kept")
 
     @contextmanager
     def paused(self):
@@ -285,16 +309,24 @@ class Log:
         self.since += time.perf_counter() - started
 
     def line(self, step: int, figures: dict) -> dict:
-        loss = float(self.total / self.count)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} at step {step}: try a lower "
-                                     "--learning-rate; the best model so far is kept")
-        speed = self.count * self.batch_size / (time.perf_counter() - self.since)
-        row = {"step": step, "loss": loss, **figures, "sentences_per_second": speed}
+        loss = sum(float(step["loss"]) for step in self.steps) / len(self.steps)
+        speed = len(self.steps) * self.batch_size / (time.perf_counter() - self.since)
+        rate = self.steps[-1]["learning_rate"]
+        self.shown = {"loss": f"{loss:.4f}"}
+        self.row = row = {"step": step, "loss": loss, **figures, "learning_rate": rate,
+                          "sentences_per_second": speed}
         with naming(self.path), self.path.open("a") as file:
             file.write(json.dumps(plain(row)) + "\n")
         self.restart()
         return row
+
+    def warn_of_collapse(self, steps: int) -> None:
+        """Once, and not at the start: RoBERTa's sentences all look alike until it has learned."""
+        cosines = [self.row.get(name, 0) for name in ("negative_cosine", "lowest_positive_cosine")]
+        alike = self.row["uniformity"] > -0.05 and min(cosines) > 0.99
+        if alike and not self.warned and self.row["step"] >= min(100, steps // 10):
+            self.warned = True
+            print(COLLAPSE.format(**self.row), file=sys.stderr)
 
 
 def add_line(folder: Path, row: dict) -> None:

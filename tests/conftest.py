@@ -35,6 +35,19 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_lm(tiny, tmp_path_factory):
+    """The tiny encoder with a masked-LM head, as transformers saves it."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("encoders") / "tiny-lm"
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(transformers.BertConfig.from_pretrained(tiny))
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sentences(tmp_path_factory) -> Path:
     """A corpus of 64 sentences that differ."""
     path = tmp_path_factory.mktemp("corpus") / "sentences.txt"
@@ -78,11 +91,11 @@ def stopped(monkeypatch):
     def stop(step, run, *flags, **settings) -> int:
         add, taken = runs.Log.add, []
 
-        def add_and_stop(log, loss):
+        def add_and_stop(log, loss, **facts):
             taken.append(loss)
             if len(taken) == step:
                 signal.raise_signal(signal.SIGINT)
-            add(log, loss)
+            add(log, loss, **facts)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
             patch.setattr(runs.Log, "add", add_and_stop)
             run(*flags, **settings)
