@@ -223,7 +223,7 @@ def pooled(out, layer):
 
 
 def test_levels_are_evenly_spaced_layers_and_the_last_is_always_among_them():
-    assert [fedrcl(levels=n).layers for n in (1, 2, 3, 6)] == [[6], [3, 6], [2, 4, 6],
+    assert [[7 + level for level in fedrcl(levels=n).levels] for n in (1, 2, 3, 6)] == [[6], [3, 6], [2, 4, 6],
                                                               [1, 2, 3, 4, 5, 6]]
     assert fedrcl(L=4).layers == [1, 3, 4]
 

@@ -4,7 +4,6 @@ import json
 import math
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -246,21 +245,9 @@ def test_simcse_trains_from_the_folder(trained, sentences, pairs, tmp_path):
 
 
 @pytest.fixture
-def stops(program, monkeypatch):
+def stops(program, stopped):
     """stops(at, ...): runs it, and a SIGINT comes when that step of the session is taken."""
-    def stop(at, *flags, **settings) -> int:
-        add, taken = pretrain.runs.Log.add, []
-
-        def add_and_stop(log, loss):
-            taken.append(loss)
-            if len(taken) == at:
-                signal.raise_signal(signal.SIGINT)
-            add(log, loss)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(pretrain.runs.Log, "add", add_and_stop)
-            program(*flags, **settings)
-        return ended.value.code
-    return stop
+    return lambda at, *flags, **settings: stopped(at, program, *flags, **settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"dropout": .1, "init": "random"}])
