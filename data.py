@@ -68,23 +68,31 @@ ENCODER_EXTRAS = ["tokenizer_config.json", "modules.json", "sentence_bert_config
 # ---- reading a corpus -----------------------------------------------------------------------
 
 class Lines(Sequence[str]):
-    """Texts in an unnamed temporary file that is mapped into memory; all are added, then read.
+    """Texts, first all added, then read: beyond a megabyte in a temporary file, mapped into memory.
 
-    A list would take 150 bytes a sentence, so 1.5 GB for ten million; this takes 8, and the system
+    A list would take 170 bytes a sentence, so 1.7 GB for ten million; this takes 8, and the system
     drops from memory what is not in use.
     """
+    in_memory = 1 << 20
 
     def __init__(self, texts: Iterable[str] = ()):
-        self.file, self.ends = tempfile.TemporaryFile(), array("q", [0])
+        self.file = tempfile.SpooledTemporaryFile(self.in_memory)
+        self.ends = array("q", [0])
         for text in texts:
             self.append(text)
 
     def append(self, text: str) -> None:
-        self.ends.append(self.ends[-1] + self.file.write(text.encode()))
+        try:
+            self.ends.append(self.ends[-1] + self.file.write(text.encode()))
+        except OSError as error:
+            raise OSError(f"{tempfile.gettempdir()}: no room for the texts of the corpus "
+                          f"({error.strerror}): name another folder with TMPDIR") from None
 
     @cached_property
-    def block(self) -> mmap.mmap:
-        self.file.flush()
+    def block(self) -> bytes | mmap.mmap:
+        self.file.seek(0)                                           # flushes, too
+        if self.ends[-1] <= self.in_memory:
+            return self.file.read()
         return mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
 
     def __len__(self) -> int:

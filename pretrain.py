@@ -115,7 +115,7 @@ def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None)
         folder = data.encoder_folder(config.from_)
         model = folders.load(folder, dropout=config.dropout)
         model.config = folders.read_config(folder)
-        folders.check_vocabulary(model.config, tokenizer.vocab_size)
+        folders.check_vocabulary(model.config, tokenizer.whole.get_vocab().values())
         if config.max_tokens > model.config.usable_positions:
             raise ValueError(f"--max-tokens: expected at most {model.config.usable_positions}, the "
                              f"positions of {config.from_}, found {config.max_tokens}")

@@ -94,6 +94,18 @@ def test_texts_read_back_by_row_by_slice_and_from_the_end():
         lines[5]
 
 
+def test_a_full_disk_for_the_texts_is_named(file):
+    resource = pytest.importorskip("resource")
+    path = file("a.txt", ("word " * 20 + "\n") * 30_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="no room for the texts of the corpus .*TMPDIR"):
+            read_corpus(str(path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_sentence_of_a_file_takes_some_ten_bytes_of_memory_and_its_text_none(file):
     path = file("a.txt", "".join(f"{number} " + "word " * 40 + "\n" for number in range(50_000)))
     tracemalloc.start()

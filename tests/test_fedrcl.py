@@ -223,9 +223,10 @@ def pooled(out, layer):
 
 
 def test_levels_are_evenly_spaced_layers_and_the_last_is_always_among_them():
-    assert [[7 + level for level in fedrcl(levels=n).levels] for n in (1, 2, 3, 6)] == [[6], [3, 6], [2, 4, 6],
-                                                              [1, 2, 3, 4, 5, 6]]
-    assert fedrcl(L=4).layers == [1, 3, 4]
+    def layers(n, L=6):
+        return [L + 1 + level for level in fedrcl(levels=n, L=L).levels]
+    assert [layers(n) for n in (1, 2, 3, 6)] == [[6], [3, 6], [2, 4, 6], [1, 2, 3, 4, 5, 6]]
+    assert layers(3, L=4) == [1, 3, 4]
 
 
 def test_the_loss_adds_cross_entropy_and_the_mean_over_levels_of_both_terms():

@@ -220,7 +220,7 @@ def test_overwriting_leaves_no_model_of_the_run_before(program, stopped, tmp_pat
 
 @pytest.mark.parametrize("room", [100, 30_000, 3_000_000], ids=["log", "model", "state"])
 def test_a_full_disk_ends_with_one_sentence_and_the_last_state_whole(
-        room, program, stopped, tmp_path, monkeypatch, capsys, pairs):
+        room, program, stopped, tmp_path, capsys, pairs):
     """No file may grow beyond `room` bytes: first metrics.jsonl, the model, or state.pt fails."""
     resource = pytest.importorskip("resource")
     flags = {"steps": 8, "dev": pairs, "dev_every": 2, "pooling": "mean", "learning_rate": 1e-3}
@@ -229,14 +229,12 @@ def test_a_full_disk_ends_with_one_sentence_and_the_last_state_whole(
     out = tmp_path / "run"
     before = {path: path.read_bytes() for path in out.rglob("*")
               if path.is_file() and path.name != "metrics.jsonl"}
-    main = mincse.main
-    monkeypatch.setattr(mincse, "main", lambda argv=None: main(argv) if argv else again())
     again = partial(program, "--resume", **flags)
     capsys.readouterr()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        code = mincse.program()
+        code = mincse.program(again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err
