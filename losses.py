@@ -232,7 +232,7 @@ def token_similarity(x: Tensor, mask: Tensor) -> Tensor:          # (B, T, D), (
     return likeness.where(m > 1, math.nan)
 
 
-def uniformity(x: Tensor, *, chunk: int = 1024) -> Tensor:        # (N, D) -> ()
+def uniformity(x: Tensor, *, chunk: int = 256) -> Tensor:         # (N, D) -> ()
     """How evenly the unit sphere is used: 0 is collapse, lower is better, about -4 the floor.
 
         log mean_{i<j} exp(-2 |x_i - x_j|²)        (Wang & Isola 2020; each pair counts once)
