@@ -11,7 +11,7 @@ import argparse
 from dataclasses import dataclass, field, fields, replace
 
 from losses import LOSSES, RELAXED
-from methods import METHODS, PAPERS
+from papers import METHODS, PAPERS
 from positives import POSITIVES
 
 def flag(default, group: str, text: str, choices=None, *, several: bool = False):

@@ -48,7 +48,8 @@ from eval_sts import (Encode, Result, StsTest, TwinTest, exits, open_encoder, pi
                       read_test)
 from folders import contents, load, load_masked_lm, save, stage
 from losses import alignment, cosine, uniformity
-from methods import METHODS, Encoded, SimCSE, check
+from methods import Encoded, SimCSE
+from papers import METHODS, check
 from model import MaskedLMHead, SentenceEncoder, encode
 from teacher import read_teacher
 

@@ -11,7 +11,9 @@ import torch
 from config import Config, resolve, validate
 from data import Tokenizer
 from losses import LOSSES, info_nce
-from methods import CARDS, Encoded, check
+from corpus_methods import CARDS
+from methods import Encoded
+from papers import check
 from mincse import row_order
 from model import Encoder, EncoderConfig, SentenceEncoder
 from positives import POSITIVES, flip, switch_case, switch_case_quota

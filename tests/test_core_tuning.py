@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from config import Config, resolve, validate
 from folders import load
 from losses import info_nce, many_positives
-from methods import CoreTuning, Encoded, check
+from methods import CoreTuning, Encoded
+from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder
 from positives import HardPairs, hard_pairs, mix
 

@@ -30,7 +30,7 @@ import runs
 from data import Tokenizer, read_corpus, unpack
 from eval_sts import read_test
 from folders import load, read_config
-from methods import FRATERNAL
+from corpus_methods import FRATERNAL
 from positives import POSITIVES
 from teacher import read_teacher
 

@@ -13,7 +13,9 @@ from config import Config, resolve
 from data import Tokenizer, read_corpus
 from folders import load
 from losses import LOSSES, info_nce
-from methods import REWRITINGS, DebCSE, Encoded, check
+from corpus_methods import REWRITINGS, DebCSE
+from methods import Encoded
+from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder, encode
 
 

@@ -24,7 +24,7 @@ from config import Config
 from devices import Pieces
 from folders import MASKED_LM, load, read, translate, write
 from losses import LOSSES
-from methods import METHODS
+from papers import METHODS
 from model import MaskedLMHead
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ import data
 from config import Config, resolve
 from folders import load, read, write
 from losses import detection_loss, info_nce
-from methods import DiffCSE, Encoded, check
+from methods import DiffCSE, Encoded
+from papers import check
 from model import Head, MaskedLMHead, Projector, encode
 
 IDS = torch.tensor([[101, 5, 6, 7, 102, 0]])

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from config import Config
 from losses import (RELAXED, class_cosines, participation_ratio, relaxed_all_pairs,
                     relaxed_hardest)
-from methods import Encoded, FedRCL, check
+from corpus_methods import FedRCL
+from methods import Encoded
+from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder
 from negatives import topics
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 import mincse
 from config import Config, validate
 from losses import info_nce, many_positives
-from methods import IFND, Encoded, check
+from corpus_methods import IFND
+from methods import Encoded
+from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder
 from negatives import EMPTY, accept, assign, false_negatives, kmeans
 

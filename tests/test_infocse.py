@@ -19,7 +19,8 @@ import data
 import mincse
 from config import Config, resolve, validate
 from losses import info_nce
-from methods import Encoded, InfoCSE, SimCSE
+from corpus_methods import InfoCSE
+from methods import Encoded, SimCSE
 from model import Encoder, EncoderConfig, SentenceEncoder
 from positives import (adjusted_rand, annotate, average_linkage, can_be_mate, find_documents,
                        is_title, jaccard, mate_table, similarity_threshold, text_numbers)

@@ -19,7 +19,8 @@ from config import Config, resolve, validate
 from eval_sts import open_encoder
 from folders import load
 from losses import angular_margin_nce, cosine, info_nce, nearer_negatives
-from methods import KDMCSE, Encoded, check
+from methods import KDMCSE, Encoded
+from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder, encode
 from negatives import by_chance
 from positives import POSITIVES

@@ -4,7 +4,7 @@ import pytest
 
 import mincse
 from losses import LOSSES
-from methods import METHODS
+from papers import METHODS
 from positives import POSITIVES
 
 # Columns of the corpus that each method takes; a method without an entry fails the test below.

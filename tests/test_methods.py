@@ -9,7 +9,8 @@ import torch
 
 from config import Config
 from losses import focal_info_nce, info_nce
-from methods import METHODS, PAPERS, Encoded, check, own_hard_negative
+from methods import Encoded, own_hard_negative
+from papers import METHODS, PAPERS, check
 from model import Encoder, EncoderConfig, SentenceEncoder
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from config import Config
 from losses import info_nce, pseudo_negative_nce
-from methods import PNR, Encoded, check
+from methods import PNR, Encoded
+from papers import check
 from model import Encoder, EncoderConfig, Head, SentenceEncoder
 from regimes import transfer
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mincse
 import runs
-from methods import METHODS
+from papers import METHODS
 
 HERE = Path(__file__).parent
 

@@ -17,7 +17,8 @@ from config import Config, resolve, validate
 from eval_sts import layer_table, oversmoothing
 from folders import load
 from losses import LOSSES, info_nce, token_similarity
-from methods import SSCL, Encoded, check
+from methods import SSCL, Encoded
+from papers import check
 from model import Encoder, EncoderConfig, Head, SentenceEncoder
 from positives import POSITIVES
 

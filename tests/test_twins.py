@@ -16,7 +16,9 @@ import mincse
 from config import Config, resolve
 from folders import load
 from losses import info_nce, innate_margin, twin_gap, twins_loss
-from methods import FRATERNAL, Encoded, Twins, check, rows_of_run
+from corpus_methods import FRATERNAL, Twins, rows_of_run
+from methods import Encoded
+from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder, encode
 from positives import repeat_words, swap_words
 
