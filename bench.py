@@ -44,6 +44,7 @@ import runs
 from docs import doc_sentences
 from eval_sts import exits, open_encoder, pick_device, read_test
 from folders import read_config, save
+from inputs import wants_bf16
 from model import Encoder, SentenceEncoder, encode
 
 ROOT = Path(__file__).parent
@@ -353,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device = pick_device(args.device)
     args.device = device.type
-    args.precision = args.precision or ("bf16" if mincse.wants_bf16("auto", device) else "fp32")
+    args.precision = args.precision or ("bf16" if wants_bf16("auto", device) else "fp32")
     torch.set_num_threads(args.threads)
     machine, rate = runs.environment(), matrix_rate(args.device, args.precision)
     print(f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, {args.threads} "

@@ -35,7 +35,8 @@ import folders
 import runs
 from config import dashed, flag
 from eval_sts import Result, exits, pick_device
-from mincse import Stop, command, program, step_seed, wants_bf16
+from inputs import wants_bf16
+from mincse import Stop, command, program, step_seed
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
 from words import (Sequences, positive_pmi, streams, svd_embeddings, tokenizer_files,
                    train_tokenizer)

@@ -21,6 +21,7 @@ import data
 import mincse
 import runs
 from config import Config
+from eval_sts import StsTest
 from folders import load, load_masked_lm
 from losses import alignment, info_nce, uniformity
 from methods import SimCSE
@@ -318,7 +319,7 @@ def test_a_damaged_state_is_refused_by_name(program, stopped, tmp_path, capsys):
 
 def test_when_the_final_evaluation_fails_the_model_is_saved_and_the_code_is_4(
         program, monkeypatch, capsys):
-    score, calls = mincse.StsTest.score, []
+    score, calls = StsTest.score, []
 
     def fails_the_second_time(self, encode):
         calls.append(1)
@@ -326,7 +327,7 @@ def test_when_the_final_evaluation_fails_the_model_is_saved_and_the_code_is_4(
             raise RuntimeError("no memory left")
         return score(self, encode)
 
-    monkeypatch.setattr(mincse.StsTest, "score", fails_the_second_time)
+    monkeypatch.setattr(StsTest, "score", fails_the_second_time)
     with pytest.raises(SystemExit) as failed:
         program()
     assert failed.value.code == 4 and "no memory left" in capsys.readouterr().err
