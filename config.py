@@ -34,6 +34,8 @@ class Config:
     corpus: str = flag("docs", "data", "docs, wiki1m, nli, or a .txt, .csv, .tsv file (or .gz); "
                        "pnr, simcse: several in a row are learned one after the other",
                        several=True)
+    order: str = flag("in-turn", "data", "of several corpora; together: all at once, with as many "
+                      "steps in all", ["in-turn", "together"])
     data: str = flag("", "data", "folder with own copies of the data (or MINCSE_DATA)")
     teacher: str = flag("", "data", "twins, debcse, kdmcse: a trained encoder to learn from; "
                         "kdmcse also takes a file of its vectors: .npy, .safetensors")

@@ -243,6 +243,8 @@ def continual(job, train_stage: Callable, *, first: int) -> Iterator[dict]:
     test = Probes(probes | {"test": inputs.test})
     # The same budget for all, or a large corpus would count for more.
     steps = config.steps or config.epochs * min(map(len, tasks)) // config.batch_size
+    if config.order == "together":
+        tasks, steps = [union(tasks)], steps * len(tasks)
     for number in range(first, len(tasks) + 1):
         task = replace(inputs, corpus=tasks[number - 1], test=test,
                        start=snapshot(job) if number > 1 else None)
@@ -250,6 +252,12 @@ def continual(job, train_stage: Callable, *, first: int) -> Iterator[dict]:
         state, results = train_stage(task, own, f"task-{number}")
         job.parts.load_state_dict(state)
         yield {"loss": results["loss"], "before": results["before"], "after": results["test"]}
+
+
+def union(corpora: Sequence[Corpus]) -> Corpus:
+    """All of their sentences as one corpus."""
+    texts = [text for corpus in corpora for text in corpus.columns[0]]
+    return replace(corpora[0], columns=[texts], documents=None)
 
 
 def transfer(matrix: Sequence[Sequence[float]], chance: Sequence[float]) -> dict[str, float]:
@@ -280,12 +288,14 @@ def continual_report(job, rows: list[dict]) -> tuple[str, dict]:
     unknowing = SentenceEncoder(Encoder(job.model.config), pooling=job.config.pooling)
     ask = partial(encode, unknowing.to(job.inputs.device), job.inputs.tokenizer)
     chance = Probes(probes | {"test": job.inputs.test}).score(ask).scores
-    matrix = {f"after {name}": row["after"] for name, row in zip(probes, rows)}
+    learned = ["all of them"] if job.config.order == "together" else list(probes)
+    matrix = {f"after {name}": row["after"] for name, row in zip(learned, rows)}
     lines = {"random weights": chance, "before": rows[0]["before"], **matrix}
     lines = {name: {task: or_nan(row[task]) for task in (*probes, "test")}
              for name, row in lines.items()}
-    measures = transfer([[lines[name][task] for task in probes] for name in matrix],
-                        [chance[task] for task in probes])
+    scores = [[lines[name][task] for task in probes] for name in matrix]
+    measures = ({"average": sum(scores[0]) / len(probes)} if len(learned) == 1 else
+                transfer(scores, [chance[task] for task in probes]))
     text = "\n\n".join([
         "A step above is a corpus. A column of a corpus: 100 x MRR of finding the second half of "
         f"its held-out sentences by the first; test: {job.config.test}.",
@@ -298,7 +308,8 @@ def continual_report(job, rows: list[dict]) -> tuple[str, dict]:
 
 FEDERATED = Regime(federated, federated_report, lambda config: (
     config.rounds * len(taking_part(config, 1))))
-CONTINUAL = Regime(continual, continual_report, lambda config: len(names(config.corpus)))
+CONTINUAL = Regime(continual, continual_report, lambda config: (
+    1 if config.order == "together" else len(names(config.corpus))))
 
 
 def check(config: Config, corpora: Sequence[Corpus]) -> None:
@@ -335,6 +346,9 @@ def check_sequence(config: Config, corpora: Sequence[Corpus]) -> None:
     if config.method not in ("pnr", "simcse"):
         raise ValueError(f"{title}: --method {config.method} takes one corpus: use --method pnr, "
                          "or simcse as its baseline")
+    if config.order == "together" and config.method == "pnr":
+        raise ValueError("--order together: --method pnr learns one corpus after the other: use "
+                         "--method simcse, whose result bounds what a sequence can keep")
     if config.dev != "none":
         raise ValueError(f"{title}: a sequence keeps the last step of each task, found --dev "
                          f"{config.dev}: use --dev none")

@@ -335,6 +335,22 @@ def test_a_sequence_leaves_a_model_and_a_matrix(program, sentences, others, flag
     assert not (folder / "stages").exists()
 
 
+def test_together_all_corpora_are_one_with_the_steps_of_all_and_the_same_probes(
+        program, sentences, others, tmp_path):
+    """Equal, to the bit, to simcse on one file that holds what the tasks train on."""
+    joint = sequence(program, sentences, others, method="simcse", order="together", out="joint")
+    found = results(joint)
+    assert list(found["matrix"]) == ["random weights", "before", "after all of them"]
+    assert found["transfer"] == {"average": pytest.approx(
+        (found["matrix"]["after all of them"]["sentences"]
+         + found["matrix"]["after all of them"]["others"]) / 2)}
+    tasks, _ = tasks_of([data.read_corpus(str(path)) for path in (sentences, others)])
+    one = tmp_path / "one.txt"
+    one.write_text("\n".join(text for task in tasks for text in task.columns[0]))
+    plain = program(corpus=one, method="simcse", steps=6, out="plain")
+    assert all(torch.equal(weights(joint)[name], x) for name, x in weights(plain).items())
+
+
 def test_the_first_task_is_simcse_and_the_baselines_part_ways_after_it(
         program, sentences, others):
     folders = {name: sequence(program, sentences, others, out=name, learning_rate=1e-3, **flags)
@@ -416,6 +432,7 @@ def corpus(name="a.txt", rows=64, columns=1):
      "expected at least --batch-size 8 sentences for each, found 6"),
     (dict(method="is-cse"), [corpus(), corpus("b.txt")], "--method is-cse takes one corpus"),
     (dict(dev="stsb"), [corpus(), corpus("b.txt")], "keeps the last step of each task"),
+    (dict(method="pnr", order="together"), [corpus(), corpus("b.txt")], "--order together: "),
     (dict(), [corpus(), corpus("x/a.txt")], "corpora of different names, found one twice"),
     (dict(), [corpus(), corpus("b.txt", columns=3)], "without labels, found 3 columns in b.txt"),
     (dict(), [corpus(), corpus("b.txt", rows=15)], "at least 20 sentences in b beside its probe"),
