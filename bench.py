@@ -58,7 +58,7 @@ Task = argparse.Namespace
 
 
 def sentences_of(task: Task) -> list[str]:
-    return data.read_corpus(str(task.corpus)).columns[0]
+    return list(data.read_corpus(str(task.corpus)).columns[0])
 
 
 # ---- ours -----------------------------------------------------------------------------------

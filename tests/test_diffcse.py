@@ -15,7 +15,7 @@ from config import Config, resolve
 from folders import load, read, write
 from losses import detection_loss, info_nce
 from methods import DiffCSE, Encoded
-from papers import check
+from papers import METHODS, check
 from model import Head, MaskedLMHead, Projector, encode
 
 IDS = torch.tensor([[101, 5, 6, 7, 102, 0]])
@@ -323,7 +323,6 @@ def test_evaluation_knows_nothing_of_projector_and_discriminator(diffcse):
 
 
 def test_other_methods_have_the_head_that_they_had():
-    from methods import METHODS
     assert all((METHODS[name].head is Head) == (name != "diffcse") for name in METHODS)
 
 
