@@ -189,7 +189,7 @@ def as_markdown(groups: list[Group], baseline: Group) -> str:
              "cannot be below 0.25.")
     start = groups[0].runs[0].results["before"]["avg"]
     commands = [f"- {group.name}: `{group.runs[0].command}`" for group in groups]
-    machines = sorted({f"{run.env['gpu'] or run.env['processor']}, {run.env['threads']} threads, "
+    machines = sorted({f"{run.env['gpu'] or run.env['processor']}, {run.env['threads']} thread(s), "
                        f"torch {run.env['torch']}" for group in groups for run in group.runs})
     return "\n\n".join([markdown(rows_of(groups, baseline)), notes,
                         f"Before training: {start:.2f} (same pooling, no head).",

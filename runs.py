@@ -164,7 +164,7 @@ def environment() -> dict:
     """Machine and versions: what a figure needs beside it."""
     packages = ("torch", "numpy", "scipy", "tokenizers", "safetensors")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"python": platform.python_version(), "platform": platform.platform(),
+    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
             "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "gpu": gpu, **{name: version(name) for name in packages}}
 
