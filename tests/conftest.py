@@ -35,6 +35,22 @@ def tiny(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lm(tiny, tmp_path_factory):
+    """The tiny encoder with a masked-LM head beside it: what a pre-trained folder looks like."""
+    from folders import MASKED_LM, load, read, translate, write
+    from model import MaskedLMHead
+    folder = tmp_path_factory.mktemp("encoders") / "lm"
+    shutil.copytree(tiny, folder)
+    torch.manual_seed(0)
+    model = load(tiny)
+    head = MaskedLMHead(model.config, model.encoder.words.weight).state_dict()
+    del head["words"]
+    path = folder / "model.safetensors"
+    write(path, read(path) | translate(head, MASKED_LM["bert"]))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_lm(tiny, tmp_path_factory):
     """The tiny encoder with a masked-LM head, as transformers saves it."""
     transformers = pytest.importorskip("transformers")

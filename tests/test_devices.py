@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,30 +21,14 @@ import mincse
 import runs
 from config import Config
 from devices import Pieces
-from folders import MASKED_LM, load, read, translate, write
 from losses import LOSSES
 from papers import METHODS
-from model import MaskedLMHead
 
 ROOT = Path(__file__).parent.parent
 KINDS = [{"method": method} for method in METHODS] + [
     {"loss": loss} for loss in list(LOSSES)[1:]] + [{"mlm_weight": .1}]
 SETTINGS = {"is-cse": {"buffer_size": 16, "neighbours": 3}, "cards": {"retrieve_from": 4},
             "sscl": {"layers_as_negatives": 1}, "fedrcl": {"levels": 2, "classes": 4}}
-
-
-@pytest.fixture(scope="module")
-def lm(tiny, tmp_path_factory):
-    """The tiny encoder with a masked-LM head."""
-    folder = tmp_path_factory.mktemp("encoders") / "lm"
-    shutil.copytree(tiny, folder)
-    torch.manual_seed(0)
-    model = load(tiny)
-    head = MaskedLMHead(model.config, model.encoder.words.weight).state_dict()
-    del head["words"]
-    path = folder / "model.safetensors"
-    write(path, read(path) | translate(head, MASKED_LM["bert"]))
-    return folder
 
 
 @pytest.fixture(scope="module")

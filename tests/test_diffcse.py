@@ -12,29 +12,14 @@ from safetensors.torch import load_file
 
 import data
 from config import Config, resolve
-from folders import load, read, write
+from folders import load
 from losses import detection_loss, info_nce
 from methods import DiffCSE, Encoded
 from papers import METHODS, check
-from model import Head, MaskedLMHead, Projector, encode
+from model import Head, Projector, encode
 
 IDS = torch.tensor([[101, 5, 6, 7, 102, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0]]).bool()
-
-
-@pytest.fixture(scope="module")
-def lm(tiny, tmp_path_factory):
-    """The tiny encoder with a masked-LM head beside it: what a pre-trained folder looks like."""
-    from folders import MASKED_LM, translate
-    folder = tmp_path_factory.mktemp("encoders") / "lm"
-    shutil.copytree(tiny, folder)
-    torch.manual_seed(0)
-    model = load(tiny)
-    head = MaskedLMHead(model.config, model.encoder.words.weight).state_dict()
-    del head["words"]
-    path = folder / "model.safetensors"
-    write(path, read(path) | translate(head, MASKED_LM["bert"]))
-    return folder
 
 
 @pytest.fixture
