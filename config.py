@@ -251,20 +251,26 @@ def parser() -> argparse.ArgumentParser:
         description="Train a sentence encoder and score it.",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         argument_default=argparse.SUPPRESS)
-    groups = {}
-    for f in fields(Config):
-        name = f.metadata["group"]
-        group = groups.setdefault(name, top.add_argument_group(name))
-        shown = f" [{f.default}]" if f.default not in ("", "recipe") else ""
-        many = {"nargs": "+", "action": OneOrMore} if f.metadata["several"] else {}
-        group.add_argument(dashed(f.name), type=f.type, **many,
-                           choices=f.metadata["choices"], metavar=metavar(f),
-                           help=(f.metadata["help"] + shown).replace("%", "%%"))
+    groups = add_flags(top, Config)
     groups["optimisation"].add_argument("--seeds", type=seed_range, metavar="A-B",
                                         help="one run per seed, then mean and spread")
     for name, text in OPTIONS.items():
         groups["output"].add_argument(dashed(name), action="store_true", help=text)
     return top
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type) -> dict:
+    """A flag for every field of the dataclass, in its group of --help; returns the groups."""
+    groups = {}
+    for f in fields(settings):
+        name = f.metadata["group"]
+        group = groups.setdefault(name, parser.add_argument_group(name))
+        shown = f" [{f.default}]" if f.default not in ("", "recipe") else ""
+        many = {"nargs": "+", "action": OneOrMore} if f.metadata["several"] else {}
+        group.add_argument(dashed(f.name), dest=f.name, type=f.type, **many,
+                           choices=f.metadata["choices"], metavar=metavar(f),
+                           help=(f.metadata["help"] + shown).replace("%", "%%"))
+    return groups
 
 
 def metavar(f) -> str | None:

@@ -284,11 +284,16 @@ def table(rows: dict[str, dict[str, float]], *, digits: int = 2) -> str:
     """Markdown: one row per name, one column per task, and the average of several tasks."""
     tasks = list(next(iter(rows.values())))
     tasks = tasks if len(tasks) > 3 else [task for task in tasks if task != "avg"]
-    lines = [["", *tasks], ["---", *("--:" for _ in tasks)]]
-    lines += [[name, *(f"{row[task]:.{digits}f}" for task in tasks)] for name, row in rows.items()]
-    width = [max(len(line[i]) for line in lines) for i in range(len(tasks) + 1)]
-    return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, width)) + " |"
-                     for line in lines)
+    return markdown([["", *tasks], *([name, *(f"{row[task]:.{digits}f}" for task in tasks)]
+                                     for name, row in rows.items())])
+
+
+def markdown(lines: list[list[str]], *, first=str.rjust) -> str:
+    """Cells as a Markdown table, the first line being its head; `first` justifies the names."""
+    lines = [lines[0], ["---", *("--:" for _ in lines[0][1:])], *lines[1:]]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("| " + " | ".join([first(line[0], width[0]), *(
+        cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]) + " |" for line in lines)
 
 
 def report(result: Result, *, verbose: bool = False) -> str:

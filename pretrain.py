@@ -18,7 +18,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -308,17 +308,18 @@ def finish(job: Job, state: runs.State) -> dict:
     """Save, score and describe the encoder."""
     job.save(state)
     size = job.config.batch_size * job.config.max_tokens
-    results = {"before": state.before["scores"], "test": held_out(job.lm, job.held_out), "steps": state.step,
-               "tokens": state.step * size, "seconds": job.lm.seconds.item()}
-    rows = [json.loads(line) for line in (job.folder / "metrics.jsonl").read_text().splitlines()]
-    curve = {row["tokens"]: row["held_out_loss"] for row in rows if "held_out_loss" in row}
+    results = {"before": state.before["scores"], "test": held_out(job.lm, job.held_out),
+               "steps": state.step, "tokens": state.step * size,
+               "seconds": job.lm.seconds.item()}
+    curve = {row["tokens"]: row["held_out_loss"] for row in runs.lines(job.folder)
+             if "held_out_loss" in row}
     curve |= {0: results["before"]["held_out_loss"],
               results["tokens"]: results["test"]["held_out_loss"]}
     drawn = draw(sorted(curve.items()), job.folder / "loss.png")
     runs.write_text(job.folder / "README.md",
                     card(job, results, sorted(curve.items()), drawn=drawn))
     runs.write_json(job.folder / "results.json", results)         # last: it says "finished"
-    (job.folder / "state.pt").unlink()
+    runs.drop_state(job.folder, keep=False)
     return results
 
 
@@ -390,12 +391,7 @@ def parser() -> argparse.ArgumentParser:
         prog="pretrain.py", usage="python pretrain.py [--FLAG VALUE ...]", epilog=EXAMPLES,
         description="Train a masked language model on plain text.", allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    groups = {}
-    for f in fields(Config):
-        name, shown = f.metadata["group"], f" [{f.default}]" if f.default != "" else ""
-        group = groups.setdefault(name, top.add_argument_group(name))
-        group.add_argument(dashed(f.name), dest=f.name, type=f.type, metavar=settings.metavar(f),
-                           choices=f.metadata["choices"], help=f.metadata["help"] + shown)
+    groups = settings.add_flags(top, Config)
     for name in ("resume", "overwrite"):
         groups["output"].add_argument(f"--{name}", action="store_true",
                                       help=settings.OPTIONS[name])

@@ -34,8 +34,8 @@ from tqdm import tqdm
 import data
 import mincse
 import runs
-from eval_sts import (StsTest, TwinTest, exits, open_encoder, pick_device, plain, read_test,
-                      spearman)
+from eval_sts import (StsTest, TwinTest, exits, markdown, open_encoder, pick_device, plain,
+                      read_test, spearman)
 from folders import load, save
 from losses import alignment, uniformity
 from model import Encoder, SentenceEncoder, encode
@@ -383,23 +383,21 @@ COLUMNS = {"heads left": "{:.0f}", "neurons left": "{:.0f}", "avg": "{:.2f}", "s
            "alignment": "{:.3f}", "uniformity": "{:.3f}", "retrained": "{:.2f}"}
 
 
-def markdown(rows: list[dict]) -> str:
+def table(rows: list[dict]) -> str:
     """A line for each criterion and sparsity; `spread` is over the draws of the control."""
     columns = [name for name in COLUMNS if name in rows[0]]
-    lines = [["criterion", "sparsity", *columns], ["---", "--:", *("--:" for _ in columns)]]
+    lines = [["criterion", "sparsity", *columns]]
     for row in rows:
         cells = [COLUMNS[name].format(row[name]) if math.isfinite(row[name]) else "-"
                  for name in columns]
         lines.append([row["criterion"], f"{row['sparsity']:g} %", *cells])
-    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, width)) + " |"
-                     for line in lines)
+    return markdown(lines)
 
 
 def write_results(args: argparse.Namespace, rows: list[dict], agree: str) -> str:
     """results.json and results.csv hold every draw, results.md the table, which is returned."""
     text = (f"{args.run} pruned, {args.test} average; contributions on {args.corpus}, halves "
-            f"agree: {agree}\n\n{markdown(averaged(rows))}\n")
+            f"agree: {agree}\n\n{table(averaged(rows))}\n")
     runs.write_text(args.out / "results.md", text)
     runs.write_json(args.out / "results.json", {"agreement": agree, "rows": rows})
     with runs.replacing(args.out / "results.csv") as fresh, fresh.open("w", newline="") as file:

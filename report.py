@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from eval_sts import exits
+from eval_sts import exits, markdown
 from runs import HARMLESS, deviation, write_text
 
 RECORDS = ("args.json", "env.json", "results.json", "metrics.jsonl")
@@ -174,14 +174,6 @@ def spread(values: list[float]) -> str:
     return f"{mean} ± {deviation(values):.2f}" if len(values) > 1 else mean
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    lines = [lines[0], ["---", *("--:" for _ in lines[0][1:])], *lines[1:]]
-    width = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("| " + " | ".join([line[0].ljust(width[0]), *(
-        cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]) + " |" for line in lines)
-
-
 def as_markdown(groups: list[Group], baseline: Group) -> str:
     """results.md: the table, how to read it, and what each line was."""
     notes = ("Spearman x 100, \"all\", mean over seeds; average: mean ± sample standard deviation. "
@@ -191,7 +183,7 @@ def as_markdown(groups: list[Group], baseline: Group) -> str:
     commands = [f"- {group.name}: `{group.runs[0].command}`" for group in groups]
     machines = sorted({f"{run.env['gpu'] or run.env['processor']}, {run.env['threads']} thread(s), "
                        f"torch {run.env['torch']}" for group in groups for run in group.runs})
-    return "\n\n".join([markdown(rows_of(groups, baseline)), notes,
+    return "\n\n".join([markdown(rows_of(groups, baseline), first=str.ljust), notes,
                         f"Before training: {start:.2f} (same pooling, no head).",
                         "\n".join(commands), "Run on: " + "; ".join(machines) + "."]) + "\n"
 

@@ -164,9 +164,10 @@ def environment() -> dict:
     """Machine and versions: what a figure needs beside it."""
     packages = ("torch", "numpy", "scipy", "tokenizers", "safetensors")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}",
-            "processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "gpu": gpu, **{name: version(name) for name in packages}}
+    system = f"{platform.system()} {platform.machine()}"
+    return {"python": platform.python_version(), "platform": system, "processor": processor(),
+            "cores": os.cpu_count(), "threads": torch.get_num_threads(), "gpu": gpu,
+            **{name: version(name) for name in packages}}
 
 
 def processor() -> str:
@@ -276,7 +277,7 @@ class Log:
     """metrics.jsonl: loss and speed are means since the line before, scoring time left out."""
 
     def __init__(self, folder: Path, batch_size: int):
-        self.folder, self.path, self.batch_size = folder, folder / "metrics.jsonl", batch_size
+        self.folder, self.batch_size = folder, batch_size
         self.shown, self.row, self.warned = {}, {}, False
         self.restart()
 
@@ -315,8 +316,7 @@ class Log:
         self.shown = {"loss": f"{loss:.4f}"}
         self.row = row = {"step": step, "loss": loss, **figures, "learning_rate": rate,
                           "sentences_per_second": speed}
-        with naming(self.path), self.path.open("a") as file:
-            file.write(json.dumps(plain(row)) + "\n")
+        add_line(self.folder, row)
         self.restart()
         return row
 
@@ -330,8 +330,9 @@ class Log:
 
 
 def add_line(folder: Path, row: dict) -> None:
-    """A line of metrics.jsonl about a whole stage."""
-    with (folder / "metrics.jsonl").open("a") as file:
+    """One more line of metrics.jsonl."""
+    path = folder / "metrics.jsonl"
+    with naming(path), path.open("a") as file:
         file.write(json.dumps(plain(row)) + "\n")
 
 

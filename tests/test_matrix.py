@@ -14,7 +14,8 @@ TAKES = {"simcse": (1, 2, 3), "is-cse": (1, 2), "infocse": (1,), "sscl": (1, 2),
 DRAWS_ITS_OWN_POSITIVES = {"debcse"}
 HAS_A_LOSS_OF_ITS_OWN = {"kdmcse", "core-tuning", "fedrcl", "pnr"}
 NEEDS = {"kdmcse": {"teacher": "mini"}, "cards": {"retrieve_from": 8}, "is-cse": {"neighbours": 4},
-         "sscl": {"layers_as_negatives": 1}, "diffcse": {"generator": "mini"}, "fedrcl": {"levels": 2}}
+         "sscl": {"layers_as_negatives": 1}, "diffcse": {"generator": "mini"},
+         "fedrcl": {"levels": 2}}
 LEARNS_A_SEQUENCE = {"pnr"}
 
 

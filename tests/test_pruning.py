@@ -438,7 +438,7 @@ def test_the_control_is_averaged_with_its_spread():
     dense = row | {"criterion": "dense", "sparsity": 0, "avg": 60.}
     first, second = pruning.averaged([dense] + [row | {"avg": avg} for avg in (50., 54.)])
     assert (first["avg"], second["avg"]) == (60, 52) and second["spread"] == pytest.approx(8 ** .5)
-    lines = pruning.markdown([first, second]).splitlines()
+    lines = pruning.table([first, second]).splitlines()
     assert lines[-1].split("|")[1:-1] == ["    random ", "     30 % ", "          4 ",
                                           "            9 ", " 52.00 ", "   2.83 "]
 
