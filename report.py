@@ -20,10 +20,11 @@ import json
 import shutil
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+from config import Config
 from eval_sts import exits, markdown
 from runs import HARMLESS, deviation, write_text
 
@@ -61,13 +62,18 @@ class Group:
         return {run.config["seed"]: run.average for run in self.runs}
 
 
-def read_run(folder: Path) -> Run:
-    """A finished run from its four records."""
+def read_run(folder: Path) -> Run | None:
+    """A finished run from its four records; None if another program left them."""
+    def read(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
     try:
-        args, env, results = (json.loads((folder / name).read_text(encoding="utf-8"))
-                              for name in RECORDS[:3])
-        lines = (folder / RECORDS[3]).read_text(encoding="utf-8").splitlines()
-        run = Run(folder, args["config"], args["command"], env, results,
+        args = json.loads(read("args.json"))
+        if "pruning" in args or "mask_rate" in args["config"]:
+            return None
+        env, results = json.loads(read("env.json")), json.loads(read("results.json"))
+        lines = read("metrics.jsonl").splitlines()
+        # What a run of an older version did not know yet stands at its default.
+        run = Run(folder, asdict(Config()) | args["config"], args["command"], env, results,
                   [json.loads(line) for line in lines])
         float(run.average), run.config["seed"], env["corpus"]["sha256"]
         return run
@@ -84,10 +90,12 @@ def find_runs(paths: list[Path]) -> list[Run]:
             raise FileNotFoundError(f"{path}: expected a folder of runs, found "
                                     f"{'a file' if path.exists() else 'nothing'} there")
         for args in sorted(path.rglob("args.json")):
-            if (args.parent / "results.json").is_file():
-                runs.append(read_run(args.parent))
+            finished = (args.parent / "results.json").is_file()
+            if finished and (run := read_run(args.parent)):
+                runs.append(run)
             else:
-                print(f"report.py: {args.parent} is not finished: left out", file=sys.stderr)
+                why = "is of pruning.py or pretrain.py" if finished else "is not finished"
+                print(f"report.py: {args.parent} {why}: left out", file=sys.stderr)
     if not runs:
         raise ValueError(f"{' '.join(map(str, paths))}: expected a finished run (args.json and "
                          "results.json) in there, found none")
@@ -98,9 +106,9 @@ def groups_of(runs: list[Run]) -> list[Group]:
     """Runs that differ in nothing but the seed belong together; simcse comes first."""
     found = {}
     for run in runs:
-        found.setdefault(tuple((k, v) for k, v in run.config.items() if k not in BLIND),
-                         []).append(run)
-    names = names_of([dict(key) for key in found])
+        key = json.dumps({k: v for k, v in run.config.items() if k not in BLIND})
+        found.setdefault(key, []).append(run)
+    names = names_of([json.loads(key) for key in found])
     groups = [Group(name, sorted(members, key=lambda run: run.config["seed"]))
               for name, members in zip(names, found.values())]
     return sorted(groups, key=lambda group: group.name != USUAL[0])
@@ -114,8 +122,13 @@ def names_of(configs: list[dict]) -> list[str]:
     for name, config in zip(short, configs):
         alike = [other for other, its in zip(configs, short) if its == name]
         telling = [k for k in config if len({str(other.get(k)) for other in alike}) > 1]
-        names.append(", ".join([name, *(f"{k} {Path(str(config[k])).name}" for k in telling)]))
+        names.append(", ".join([name, *(f"{k} {shown(config[k])}" for k in telling)]))
     return names
+
+
+def shown(value) -> str:
+    """A setting in short: of files the last part of their names."""
+    return " ".join(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))
 
 
 # ---- is the difference more than chance? ----------------------------------------------------
@@ -266,7 +279,7 @@ def draw_curves(groups: list[Group]):
     for ax, key, label in zip(axes, ("loss", "positive_cosine", "negative_cosine"),
                               ("loss", "cosine of positives", "cosine of negatives")):
         for group in groups:
-            rows = group.runs[0].metrics
+            rows = [row for row in group.runs[0].metrics if key in row]   # a federation has few
             ax.plot([row["step"] for row in rows], [row[key] for row in rows], label=group.name)
         ax.set_xlabel("step")
         ax.set_ylabel(label)

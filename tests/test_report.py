@@ -70,6 +70,27 @@ def test_an_unfinished_run_is_named_and_left_out(run, tmp_path, capsys):
     assert "seed-1 is not finished: left out" in capsys.readouterr().err
 
 
+def test_sequences_federations_and_older_versions_are_told_apart_by_what_differs(run, tmp_path):
+    """A version that knew no --order had its default."""
+    run(0, 60., corpus=["x/wiki.txt", "y/reviews.txt"]), run(0, 61., corpus="x/wiki.txt")
+    run(1, 62., corpus="x/wiki.txt", order="in-turn"), run(0, 63., corpus="x/wiki.txt", steps=3)
+    groups = report.groups_of(report.find_runs([tmp_path]))
+    assert {group.name: list(group.averages) for group in groups} == {
+        "simcse, corpus wiki.txt reviews.txt, steps 0": [0],
+        "simcse, corpus wiki.txt, steps 0": [0, 1], "simcse, corpus wiki.txt, steps 3": [0]}
+
+
+def test_a_federation_without_cosines_of_positives_is_drawn_and_others_folders_are_left_out(
+        run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    folder, other = run(0, 60., method="fedrcl"), run(0, 61., method="pruned")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "drift": 0.1}\n')
+    (other / "args.json").write_text('{"pruning": {}, "command": "python pruning.py x"}')
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "curves.png").is_file()
+    assert "is of pruning.py or pretrain.py: left out" in capsys.readouterr().err
+
+
 # ---- significance ---------------------------------------------------------------------------
 
 @pytest.mark.parametrize("differences, p", [
