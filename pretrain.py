@@ -8,8 +8,8 @@ A word is hidden, the words around it must tell which it was, and nobody had to 
 (Devlin et al. 2019). `mincse.py --encoder FOLDER` goes on from what this program leaves. Read
 `guess` and `train` first.
 
-Not here: vocabulary, sequences and first word vectors (words.py), the encoder and its head
-(model.py), token masking (data.py), the folder (folders.py).
+Not here: vocabulary, sequences and first word vectors (words.py), the optimizer of the matrices
+(muon.py), the encoder and its head (model.py), token masking (data.py), the folder (folders.py).
 """
 
 import argparse
@@ -38,6 +38,7 @@ from eval_sts import Result, exits, pick_device
 from inputs import wants_bf16
 from mincse import Stop, command, program, step_seed
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
+from muon import Muon, Together
 from words import (Sequences, positive_pmi, streams, svd_embeddings, tokenizer_files,
                    train_tokenizer)
 
@@ -65,9 +66,11 @@ class Config:
                       "ends at 0")
     minutes: float = flag(0.0, "optimisation", "length of the run instead, over all sessions")
     batch_size: int = flag(64, "optimisation", "sequences a step")
+    optimizer: str = flag("muon", "optimisation", "of the layers' matrices; AdamW has the rest",
+                          ["muon", "adamw"])
     learning_rate: float = flag(1.2e-3, "optimisation", "peak")
     dropout: float = flag(0.0, "optimisation", "while pre-training")
-    weight_decay: float = flag(0.01, "optimisation", "AdamW's, of matrices")
+    weight_decay: float = flag(0.01, "optimisation", "of matrices")
     clip: float = flag(1.0, "optimisation", "largest gradient norm")
     seed: int = flag(42, "optimisation", "of everything random")
     dev_every: int = flag(500, "output", "steps between scores on held-out text")
@@ -134,13 +137,17 @@ def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None)
     return MaskedLM(model, MaskedLMHead(shape, encoder.words.weight))
 
 
-def make_optimizer(lm: MaskedLM, config: Config) -> torch.optim.Optimizer:
-    """AdamW; biases and norms are not pulled towards 0."""
-    matrices = [p for p in lm.parameters() if p.ndim > 1]
-    vectors = [p for p in lm.parameters() if p.ndim < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}],
-                             betas=(0.9, 0.98), eps=1e-6, fused=True)
+def make_optimizer(lm: MaskedLM, config: Config) -> Together:
+    """Muon for the matrices of the layers, AdamW for the rest; only matrices are pulled to 0."""
+    inside = [p for p in lm.model.encoder.layers.parameters() if p.ndim > 1]
+    mine = {id(p) for p in inside} if config.optimizer == "muon" else set()
+    rest = [p for p in lm.parameters() if id(p) not in mine]
+    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    if not mine:
+        return Together(adamw)
+    return Together(adamw, Muon(inside, config.learning_rate, weight_decay=config.weight_decay))
 
 
 def schedule(done: float) -> float:
@@ -153,7 +160,7 @@ def schedule(done: float) -> float:
     return max(0.0, min(done / WARM_UP, (1 - done) / (1 - WARM_UP)))
 
 
-def train(lm: MaskedLM, optimizer: torch.optim.Optimizer, text: Sequences, config: Config, *,
+def train(lm: MaskedLM, optimizer: Together, text: Sequences, config: Config, *,
           first: int, device: torch.device, bf16: bool) -> Iterator[tuple[int, Tensor]]:
     """Steps first, first + 1, ... to the end of the budget. Yields (step, loss)."""
     order = data.batches(len(text), config.batch_size, seed=config.seed, epochs=sys.maxsize)
@@ -209,7 +216,7 @@ class Job:
     """What is trained, on what."""
     config: Config
     lm: MaskedLM
-    optimizer: torch.optim.Optimizer
+    optimizer: Together
     text: Sequences
     held_out: Sequences
     folder: Path

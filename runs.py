@@ -234,7 +234,8 @@ def check_state(state: State, optimizer: torch.optim.Optimizer) -> None:
         raise ValueError(f"step {state.step}, best {state.best} at {state.best_step}")
     Result(**state.before)
     for parameter, moments in optimizer.state.items():
-        if any(moments[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+        names = ["memory"] if "memory" in moments else ["exp_avg", "exp_avg_sq"]   # Muon, AdamW
+        if any(moments[name].shape != parameter.shape for name in names):
             raise ValueError("moments of another shape than their parameter")
 
 
