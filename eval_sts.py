@@ -37,6 +37,7 @@ from model import POOLINGS, SentenceEncoder, encode
 
 Pair = tuple[str, str, float]                       # sentence, sentence, human score
 Encode = Callable[[Sequence[str]], Tensor]          # N sentences -> (N, D)
+Sides = Callable[[list[Pair]], tuple[Tensor, Tensor]]   # P pairs -> 2 x (P, D)
 
 # Scored pairs of every subset: a file with another count is damaged. STS15 and STS16 hold more
 # pairs, but only these were given a score; STS13 lacks SMT, whose licence forbids copies.
@@ -171,14 +172,14 @@ class StsTest:
         return sorted({text for pairs in groups for left, right, _ in pairs
                        for text in (left, right)})
 
-    def score(self, encode: Encode) -> Result:
-        """Every sentence is encoded once, all tasks in one call."""
+    def sides(self, encode: Encode) -> Sides:
+        """Looks up both vectors of pairs. Every sentence is encoded once, all tasks in one call."""
         texts = self.texts()
         vectors, row = encode(texts), {text: i for i, text in enumerate(texts)}   # (N, D)
+        return lambda pairs: tuple(vectors[[row[pair[side]] for pair in pairs]] for side in (0, 1))
 
-        def sides(pairs: list[Pair]) -> tuple[Tensor, Tensor]:                    # 2 x (P, D)
-            return vectors[[row[p[0]] for p in pairs]], vectors[[row[p[1]] for p in pairs]]
-
+    def score(self, encode: Encode) -> Result:
+        sides = self.sides(encode)
         found = {task: score_task(subsets, sides) for task, subsets in self.tasks.items()}
         scores = {task: every for task, (every, _) in found.items()}
         means = {task: mean(list(parts.values())) for task, (_, parts) in found.items()}
@@ -190,13 +191,17 @@ class StsTest:
                       for name, pairs in self.geometry_of.items()})
 
 
-def score_task(subsets: dict[str, list[Pair]], sides: Callable) -> tuple[float, dict[str, float]]:
+def likeness(subsets: dict[str, list[Pair]], sides: Sides) -> dict[str, list[float]]:
+    """The cosine of every pair, subset by subset."""
+    return {name: F.cosine_similarity(*sides(pairs)).tolist() for name, pairs in subsets.items()}
+
+
+def score_task(subsets: dict[str, list[Pair]], sides: Sides) -> tuple[float, dict[str, float]]:
     """("all" score of the task, score of each of its subsets)."""
-    likeness = {name: F.cosine_similarity(*sides(pairs)).tolist()
-                for name, pairs in subsets.items()}
+    predicted = likeness(subsets, sides)
     gold = {name: [score for _, _, score in pairs] for name, pairs in subsets.items()}
-    every = spearman(sum(likeness.values(), []), sum(gold.values(), []))
-    return every, {name: spearman(likeness[name], gold[name]) for name in subsets}
+    every = spearman(sum(predicted.values(), []), sum(gold.values(), []))
+    return every, {name: spearman(predicted[name], gold[name]) for name in subsets}
 
 
 def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]:

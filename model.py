@@ -12,7 +12,7 @@ Not here: how weights come in and go out (folders.py), tokenizing and downloadin
 the vectors are trained for (losses.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -73,13 +73,21 @@ class Tokens:
     places: Tensor                                                # (R,) among all B·T
     mask: Tensor                                                  # (B, T)
 
+    @property
+    def whole(self) -> bool:
+        """Nothing is padding, so that to pack and to unpack only changes the shape."""
+        return len(self.places) == self.mask.numel()
+
     def pack(self, x: Tensor) -> Tensor:                          # (B, T, D) -> (R, D)
-        return x.flatten(0, 1).index_select(0, self.places)
+        x = x.flatten(0, 1)
+        return x if self.whole else x.index_select(0, self.places)
 
     def unpack(self, rows: Tensor) -> Tensor:                     # (R, D) -> (B, T, D)
         """Padding becomes 0."""
-        empty = rows.new_zeros(self.mask.numel(), rows.shape[1])
-        return empty.index_copy_(0, self.places, rows).unflatten(0, self.mask.shape)
+        if not self.whole:
+            empty = rows.new_zeros(self.mask.numel(), rows.shape[1])
+            rows = empty.index_copy_(0, self.places, rows)
+        return rows.unflatten(0, self.mask.shape)
 
     def starts(self) -> Tensor:                                   # -> (B,)
         """Where each sentence begins in the block."""
@@ -275,20 +283,34 @@ def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str]
     unique = sorted(dict.fromkeys(sentences), key=len, reverse=True)
     device, was_training = next(model.parameters()).device, model.training
     # Vectors stay on the device until the end: it computes while the next batch is tokenized.
-    vectors = [torch.empty(0, model.config.width, device=device)]
+    vectors = torch.empty(len(unique), model.config.width, device=device)
     model.eval()
     try:
         with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
-            for start in range(0, len(unique), batch_size):
-                ids, mask = tokenizer(unique[start : start + batch_size],
-                                      max_tokens=max_tokens or model.max_tokens)
+            for rows, ids, mask in batches_by_length(unique, tokenizer, batch_size,
+                                                     max_tokens or model.max_tokens):
                 ids, mask = ids.to(device), mask.to(device)
-                vectors.append((POOLINGS[pooling](model.encoder(ids, mask), mask) if pooling
-                                else model(ids, mask)).float())
+                x = (POOLINGS[pooling](model.encoder(ids, mask), mask) if pooling
+                     else model(ids, mask))                       # (B, D)
+                vectors[rows.to(device)] = x.float()
     finally:
         model.train(was_training)
     row = {sentence: i for i, sentence in enumerate(unique)}
-    return torch.cat(vectors).cpu()[[row[sentence] for sentence in sentences]]
+    return vectors.cpu()[[row[sentence] for sentence in sentences]]
+
+
+def batches_by_length(sentences: Sequence[str], tokenizer: Callable, batch_size: int,
+                      max_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Places (B,), ids and mask (B, T) of sentences that have the same length, or nearly.
+
+    They come sorted by letters; in a window of 32 batches the tokens decide.
+    """
+    for start in range(0, len(sentences), 32 * batch_size):
+        ids, mask = tokenizer(sentences[start : start + 32 * batch_size], max_tokens=max_tokens)
+        lengths = mask.sum(dim=1)
+        for rows in lengths.argsort(descending=True, stable=True).split(batch_size):
+            longest = lengths[rows[0]]
+            yield start + rows, ids[rows, :longest], mask[rows, :longest]
 
 
 class MaskedLMHead(nn.Module):

@@ -18,7 +18,7 @@ METHODS = {"simcse": SimCSE, "is-cse": ISCSE, "infocse": InfoCSE, "sscl": SSCL, 
 
 @dataclass(frozen=True)
 class Paper:
-    """A row of `--list`. Published averages: seven STS tasks, only those a dossier verified."""
+    """A row of `--list`. Published averages: seven STS tasks, only those that we could check."""
     flags: str
     idea: str
     citation: str

@@ -21,12 +21,12 @@ import shutil
 import statistics
 import sys
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 
 from config import Config
 from eval_sts import exits, markdown
 from runs import HARMLESS, deviation, write_text
+from significance import holm, sign_flip_p
 
 RECORDS = ("args.json", "env.json", "results.json", "metrics.jsonl")
 NAMED = ("method", "loss", "positives")              # what a group is called after, if unusual
@@ -131,37 +131,13 @@ def shown(value) -> str:
     return " ".join(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))
 
 
-# ---- is the difference more than chance? ----------------------------------------------------
-
-def sign_flip_p(differences: list[float]) -> float:
-    """How often would chance give a mean difference of that size, were the two groups alike?
-
-    Exact permutation test over paired seeds: each difference could as well have had the other sign.
-    Two-sided; with n seeds the lowest possible value is 2 / 2^n, so three seeds never show more
-    than 0.25. It speaks of training noise alone, not of other test sentences (measures.md, 7).
-    """
-    size = abs(sum(differences))
-    sums = [abs(sum(sign * d for sign, d in zip(signs, differences)))
-            for signs in product((1, -1), repeat=len(differences))]
-    return sum(s >= size - 1e-9 for s in sums) / len(sums)
-
-
-def holm(values: list[float]) -> list[float]:
-    """p-values of several comparisons, corrected so that one false alarm among them is rare."""
-    order, highest, corrected = sorted(range(len(values)), key=values.__getitem__), 0., {}
-    for rank, i in enumerate(order):
-        highest = max(highest, min(1., (len(values) - rank) * values[i]))
-        corrected[i] = highest
-    return [corrected[i] for i in range(len(values))]
-
+# ---- tables ---------------------------------------------------------------------------------
 
 def paired(group: Group, baseline: Group) -> list[float]:
     """Differences of the averages, seed by seed, for the seeds that both have."""
     shared = group.averages.keys() & baseline.averages.keys()
     return [group.averages[seed] - baseline.averages[seed] for seed in sorted(shared)]
 
-
-# ---- tables ---------------------------------------------------------------------------------
 
 def rows_of(groups: list[Group], baseline: Group) -> list[list[str]]:
     """The table: a line per group, every task as mean, the average as mean ± deviation."""

@@ -1,4 +1,4 @@
-"""FedRCL's relaxed contrastive loss: the dossier's numbers, its equilibrium, and the method."""
+"""FedRCL's relaxed contrastive loss: worked numbers, its equilibrium, and the method."""
 
 import math
 from dataclasses import replace

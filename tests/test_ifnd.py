@@ -63,7 +63,7 @@ def loss_of(ifnd, columns):
 
 
 def per_anchor(cosines, false, strategy, tau):
-    """The dossier's formulas, in loops."""
+    """The formulas, in loops."""
     found = []
     for i, row in enumerate(cosines):
         s = [x / tau for x in row]

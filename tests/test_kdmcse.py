@@ -269,7 +269,7 @@ def test_values_out_of_range_are_refused(name, value, most):
 @pytest.mark.parametrize("model_type, width, expected", [
     ("bert", 768, (3e-5, 64, 3)), ("roberta", 768, (1e-5, 128, 3)), ("bert", 1024, (1e-5, 64, 3)),
     ("roberta", 1024, (1e-5, 64, 3))])
-def test_defaults_are_those_of_the_dossier(model_type, width, expected):
+def test_defaults_go_by_the_encoders_size(model_type, width, expected):
     config = resolve({"method": "kdmcse"}, model_type=model_type, width=width, columns=1)
     assert (config.learning_rate, config.batch_size, config.epochs) == expected
     assert (config.angular_margin, config.grounding_weight, config.temperature) == (.125, .01, .05)

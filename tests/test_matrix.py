@@ -20,7 +20,7 @@ LEARNS_A_SEQUENCE = {"pnr"}
 
 
 def makes_sense(method: str, loss: str, positives: str, columns: int) -> bool:
-    """What DESIGN and the dossiers say, in one place."""
+    """What goes with what, in one place."""
     return (columns in TAKES[method]
             and not (columns == 3 and loss == "focal")            # defined without labels
             and not (columns > 1 and positives != "dropout")      # the corpus brings its own

@@ -196,7 +196,7 @@ def test_the_edit_distance_is_that_of_its_definition():
         by_recursion(texts[i].split(), texts[j].split()) for i, j in pairs.tolist()]
 
 
-def test_the_surface_example_of_the_dossier():
+def test_the_surface_of_two_sentences_worked_out_by_hand():
     words = Words.of(["The cat sat on the mat", "the cat is on a mat"], most=32)
     one = torch.tensor([0]), torch.tensor([1])
     assert edit_distance(words[one[0]], words[one[1]]).item() == 2            # surf 1 - 2/6

@@ -1,4 +1,4 @@
-"""PNR: the loss against the dossier's numbers, the frozen model, and the measures of transfer."""
+"""PNR: the loss against worked numbers, the frozen model, and the measures of transfer."""
 
 import math
 from dataclasses import replace

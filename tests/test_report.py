@@ -93,26 +93,6 @@ def test_a_federation_without_cosines_of_positives_is_drawn_and_others_folders_a
 
 # ---- significance ---------------------------------------------------------------------------
 
-@pytest.mark.parametrize("differences, p", [
-    ([1., 1., 1.], 2 / 8), ([1., 1., 1., 1., 1.], 2 / 32), ([3., -1.], 1.), ([0., 0.], 1.),
-    ([1., 2., -3.], 1.), ([4., 2., -1.], 4 / 8)])     # 4+2-1=5: also 4+2+1=7, and both mirrored
-def test_the_sign_flip_test_counts_by_hand(differences, p):
-    assert report.sign_flip_p(differences) == p
-
-
-def test_the_sign_flip_test_equals_scipys_permutation_test():
-    scipy_stats = pytest.importorskip("scipy.stats")
-    differences = [.3, -.1, .5, .2, .4, -.2]
-    found = scipy_stats.permutation_test((differences,), lambda x: sum(x), n_resamples=10**6,
-                                         permutation_type="samples", vectorized=False)
-    assert report.sign_flip_p(differences) == pytest.approx(found.pvalue)
-
-
-def test_holm_multiplies_the_smallest_by_all_and_never_falls():
-    assert report.holm([.01, .04, .03]) == pytest.approx([.03, .06, .06])
-    assert report.holm([.5, .9]) == [1., 1.] and report.holm([]) == []
-
-
 def test_differences_are_taken_seed_by_seed(run, tmp_path):
     three_seeds(run, [60., 61., 62.])
     run(1, 64., method="cards"), run(2, 64., method="cards"), run(7, 99., method="cards")

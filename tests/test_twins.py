@@ -45,7 +45,7 @@ class Texts:
 
 
 def twins(*, queue=True, **settings):
-    """The method on the dossier's fixture: rows 0 and 1 at hand, rows 6 and 7 in the queue."""
+    """The method on a small fixture: rows 0 and 1 at hand, rows 6 and 7 in the queue."""
     settings = dict(batch_size=2, queue_batches=1, method="twins") | settings
     model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 2, 1, 1, 5)), pooling="cls")
     built = Twins(Texts(), replace(Config(), **settings), model=model).double()
