@@ -37,12 +37,14 @@ def orthogonal(x: Tensor) -> Tensor:                              # (N, M) -> (N
 class Muon(torch.optim.Optimizer):
     """Momentum, made orthogonal, for matrices (N, M).
 
-    An orthogonal matrix has entries of 1/√max(N, M), root mean square; times that root a step
-    moves an entry by the learning rate, as Adam's does, so one rate serves both.
+    An orthogonal matrix has entries of 1/√max(N, M), root mean square. Times that root and 0.2, a
+    step moves an entry about as far as Adam's does, so that one learning rate serves both; and as
+    no direction is spared, weights grow until their decay stops them (Liu et al. 2025, "Muon is
+    scalable", section 2.2, has both constants).
     """
 
     def __init__(self, matrices: list[Tensor], lr: float, momentum: float = 0.95,
-                 weight_decay: float = 0.0):
+                 weight_decay: float = 0.1):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -53,7 +55,8 @@ class Muon(torch.optim.Optimizer):
                 memory.lerp_(matrix.grad, 1 - group["momentum"])
                 ahead = matrix.grad.lerp(memory, group["momentum"])               # Nesterov's
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.sub_(orthogonal(ahead), alpha=group["lr"] * max(matrix.shape) ** 0.5)
+                size = 0.2 * max(matrix.shape) ** 0.5
+                matrix.sub_(orthogonal(ahead), alpha=group["lr"] * size)
 
 
 class Together:

@@ -70,7 +70,7 @@ class Config:
                           ["muon", "adamw"])
     learning_rate: float = flag(1.2e-3, "optimisation", "peak")
     dropout: float = flag(0.0, "optimisation", "while pre-training")
-    weight_decay: float = flag(0.01, "optimisation", "of matrices")
+    weight_decay: float = flag(0.01, "optimisation", "AdamW's, of matrices; Muon's is 0.1")
     clip: float = flag(1.0, "optimisation", "largest gradient norm")
     seed: int = flag(42, "optimisation", "of everything random")
     dev_every: int = flag(500, "output", "steps between scores on held-out text")
@@ -147,7 +147,7 @@ def make_optimizer(lm: MaskedLM, config: Config) -> Together:
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
     if not mine:
         return Together(adamw)
-    return Together(adamw, Muon(inside, config.learning_rate, weight_decay=config.weight_decay))
+    return Together(adamw, Muon(inside, config.learning_rate))
 
 
 def schedule(done: float) -> float:
@@ -440,6 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         results = runs.finished(folder)
     if config.threads:
         torch.set_num_threads(config.threads)
+    torch.set_flush_denormal(True)        # a GELU gives tiny numbers, which are slow to multiply
     if results is None:
         with exits(3):
             resumed = options["resume"] and (folder / "state.pt").is_file()
