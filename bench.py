@@ -4,6 +4,7 @@ How fast is it here?
     python bench.py                              # a Markdown table in some minutes
     python bench.py --data FOLDER                # on Wikipedia, with the seven STS tasks
     python bench.py --device cuda --encoder bert-base --only train --batch-size 512 --steps 50
+    python bench.py --only methods --encoder mini    # a step of each paper beside one of SimCSE
 
 Beside sentence-transformers and its SimCSE recipe where that is installed (with `datasets` and
 `accelerate`, which its trainer needs): same weights, [CLS] pooling, sentences, batch size, threads.
@@ -32,7 +33,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ from eval_sts import exits, open_encoder, pick_device, read_test
 from folders import read_config, save
 from inputs import wants_bf16
 from model import Encoder, SentenceEncoder, encode
+from papers import METHODS
 
 ROOT = Path(__file__).parent
 # Shapes with random weights and the vocabulary of `mini`: the speed is that of trained ones.
@@ -53,7 +55,7 @@ SHAPES = {"bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attent
                         "intermediate_size": 3072}}
 Turn = Callable[[], None]
 # What both are given: the command line's values; of a line of the table, `what` (a name in OURS),
-# `usual`, `encoder` (a folder) and `corpus` (a file of one sentence a line).
+# `usual`, `settings` of training, `encoder` (a folder) and `corpus` (a file of one sentence a line).
 Task = argparse.Namespace
 
 
@@ -67,10 +69,11 @@ def sentences_of(task: Task) -> list[str]:
 
 def train_ours(task: Task, turn: Turn) -> tuple[int, int]:
     given = {} if task.usual else {"max_tokens": task.max_tokens, "precision": task.precision}
-    inputs = mincse.read_inputs(given | {
+    inputs = mincse.read_inputs(given | task.settings | {
         "encoder": str(task.encoder), "corpus": str(task.corpus), "batch_size": task.batch_size,
         "steps": task.steps * (task.turns + 1) + 1, "device": task.device})
     job = mincse.build(inputs, inputs.config)
+    mincse.prepare(job)
     loop = mincse.train(job.parts, job.optimizer, mincse.batches_by_round(job, first=1), job.config,
                         steps=job.steps, first=1, device=inputs.device, bf16=job.bf16)
     for _ in range(task.turns + 1):
@@ -211,17 +214,17 @@ def finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def compare(task: Task) -> list[Figures]:
-    """Ours, and theirs if it is there, turn about: A B A B ..."""
+def compare(*sides: tuple[Callable, Task]) -> list[Figures]:
+    """Several pieces of work, turn about: A B A B ..."""
     context, players = multiprocessing.get_context("spawn"), []
-    for works in [OURS, THEIRS] if they_are_here(task.what) else [OURS]:
+    for work, task in sides:
         pipe, end = context.Pipe()
-        process = context.Process(target=play, args=(end, works[task.what], task), daemon=True)
+        process = context.Process(target=play, args=(end, work, task), daemon=True)
         process.start()
         end.close()                                               # or a dead one is waited for
         players.append((pipe, process))
     seconds = [[pipe.recv()] for pipe, _ in players]              # both are ready
-    for _ in range(task.turns):
+    for _ in range(sides[0][1].turns):
         for taken, (pipe, _) in zip(seconds, players):
             pipe.send("go")
             taken.append(pipe.recv())
@@ -300,7 +303,8 @@ def write_corpus(args: argparse.Namespace, path: Path) -> Path:
 
 def row_of(task: Task, rate: float) -> list[str]:
     """A line of the table, measured; without the other library its columns are missing."""
-    ours, *others = compare(task)
+    works = [OURS, THEIRS] if they_are_here(task.what) else [OURS]
+    ours, *others = compare(*((work[task.what], task) for work in works))
     sentences, flops = ours.done
     row = [f"{task.what}, {'usual' if task.usual else 'same'}", task.encoder.name,
            f"{sentences / ours.seconds:.0f}",
@@ -314,30 +318,44 @@ COLUMNS = ["sentences (pairs) a second", "encoder", "mincse", "share", "memory",
            "sentence-transformers", "memory", "ratio"]
 
 
-def markdown(cells: list[str]) -> str:
-    """A line of the table; what was not measured is a dash."""
-    return "| " + " | ".join([*cells, *["-"] * (len(COLUMNS) - len(cells))]) + " |"
+def method_row(name: str, task: Task) -> list[str]:
+    """A paper's steps beside SimCSE's; its work before the first step is not in the turns."""
+    settings = {"method": name}
+    if METHODS[name].reads_teacher:
+        settings["teacher"] = str(task.encoder)
+    its, plain = compare((train_ours, Task(**vars(task) | {"settings": settings})),
+                         (train_ours, task))
+    return [name, task.encoder.name, f"{its.done[0] / its.seconds:.0f}", its.memory,
+            f"{its.seconds / plain.seconds:.2f}"]
 
 
-def tasks_of(args: argparse.Namespace, folder: Path) -> Iterator[Task]:
-    """What the table has a line for, and the files that it needs."""
-    corpus = write_corpus(args, folder / "sentences.txt")
-    for name in args.encoder:
-        encoder = make_encoder(name, folder)
-        for what, usual in (("train", True), ("train", False), ("encode", False),
-                            ("evaluate", False)):
-            # On 28,441 sentences a large shape would be busy for most of an hour.
-            if what in args.only and (what != "evaluate" or args.data and name not in SHAPES):
-                yield Task(**vars(args) | {"what": what, "usual": usual, "encoder": encoder,
-                                           "corpus": corpus})
+# Those that read plain sentences, in one run.
+TIMED = [name for name in METHODS if name not in ("core-tuning", "fedrcl", "pnr")]
+METHOD_COLUMNS = ["method", "encoder", "sentences a second", "memory", "time against simcse's"]
+
+
+def print_table(head: list[str], rows: Iterator[list[str]]) -> None:
+    """Line by line, as they are measured; what was not is a dash."""
+    for cells in chain([head, ["---", "---", *["--:"] * (len(head) - 2)]], rows):
+        cells = [*cells, *["-"] * (len(head) - len(cells))]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def lines_of(task: Task) -> Iterator[Task]:
+    """What the first table has a line for."""
+    for what, usual in (("train", True), ("train", False), ("encode", False), ("evaluate", False)):
+        # On 28,441 sentences a large shape would be busy for most of an hour.
+        small = task.data and task.encoder.name not in SHAPES
+        if what in task.only and (what != "evaluate" or small):
+            yield Task(**vars(task) | {"what": what, "usual": usual})
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     top = argparse.ArgumentParser(description="Measure speed and memory on this machine.")
     top.add_argument("--encoder", nargs="+", default=["mini", "bert-base"],
                      help="mini, bert-base (random weights), a folder or a Hub id [mini bert-base]")
-    top.add_argument("--only", nargs="+", choices=["import", "corpus", *OURS],
-                     default=["import", "corpus", *OURS], help="[all of them]")
+    top.add_argument("--only", nargs="+", choices=["import", "corpus", *OURS, "methods"],
+                     default=["import", "corpus", *OURS], help="[all but methods]")
     top.add_argument("--data", type=Path, help="folder with wiki1m and senteval/ [built-in docs]")
     top.add_argument("--batch-size", type=int, default=64, help="[64]")
     top.add_argument("--max-tokens", type=int, default=32, help="where both cut, if `same` [32]")
@@ -364,10 +382,17 @@ def main(argv: list[str] | None = None) -> None:
         print(import_line(args.turns))
     if "corpus" in args.only:
         print(corpus_line("wiki1m" if args.data else "docs", args.data))
-    print("\n" + markdown(COLUMNS) + "\n" + markdown(["---", "---", *["--:"] * 6]), flush=True)
+    print()
     with tempfile.TemporaryDirectory() as folder, exits(3):
-        for task in tasks_of(args, Path(folder)):
-            print(markdown(row_of(task, rate)), flush=True)
+        corpus = write_corpus(args, Path(folder) / "sentences.txt")
+        tasks = [Task(**vars(args) | {"encoder": make_encoder(name, Path(folder)),
+                                      "corpus": corpus, "usual": True, "settings": {}})
+                 for name in args.encoder]
+        if {*args.only} & {*OURS}:
+            print_table(COLUMNS, (row_of(line, rate) for task in tasks for line in lines_of(task)))
+        if "methods" in args.only:
+            print_table(METHOD_COLUMNS, (method_row(name, task) for task in tasks
+                                         for name in TIMED))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,15 @@ def test_beside_it_stand_the_figures_of_sentence_transformers(tiny, capsys):
     assert row[0] == "encode, same" and int(row[5]) > 0 and float(row[7]) > 0
 
 
+def test_a_paper_has_a_line_with_its_time_against_simcse(tiny, capsys, monkeypatch):
+    """KDMCSE needs a teacher, DebCSE draws its pairs before the first step."""
+    monkeypatch.setattr(bench, "TIMED", ["kdmcse", "debcse"])
+    _, rows = rows_of(tiny, capsys, "methods")
+    assert [row[:2] for row in rows] == [["kdmcse", "tiny"], ["debcse", "tiny"]]
+    for row in rows:
+        assert int(row[2]) > 0 and row[3].endswith("GiB") and float(row[4]) > 0
+
+
 def test_a_step_is_counted_two_operations_a_multiply_add():
     a, b = bench.torch.ones(3, 5), bench.torch.ones(5, 7)
     assert bench.flops_of(lambda: a @ b) == 2 * 3 * 5 * 7
@@ -61,8 +70,7 @@ def test_both_libraries_take_turns_and_the_median_counts(monkeypatch):
             return type("Process", (), {"start": lambda _: None, "join": lambda _: None})()
 
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda _: Context())
-    monkeypatch.setattr(bench, "they_are_here", lambda _: True)
-    task = type("Task", (), {"what": "encode", "turns": 3})()
-    ours, theirs = bench.compare(task)
+    task = type("Task", (), {"turns": 3})()
+    ours, theirs = bench.compare((print, task), (print, task))
     assert (ours.seconds, theirs.seconds) == (2., 4.)
     assert [name for name, word in played if word == "go"] == ["ours", "theirs"] * 3
