@@ -64,6 +64,14 @@ def tiny_lm(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with Wikipedia and the STS sets, where this machine has one."""
+    if not (folder := os.environ.get("MINCSE_DATA")):
+        pytest.skip("MINCSE_DATA is not set: no real data here")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
 def sentences(tmp_path_factory) -> Path:
     """A corpus of 64 sentences that differ."""
     path = tmp_path_factory.mktemp("corpus") / "sentences.txt"

@@ -29,8 +29,6 @@ from data import (Corpus, Lines, Tokenizer, ahead, batches, data_file, doctor, d
                   encoder_folder, mask_tokens, read_corpus, senteval_folder, shuffled, unpack)
 
 ROOT = Path(__file__).parent.parent
-DATA = os.environ.get("MINCSE_DATA")
-real_data = pytest.mark.skipif(not DATA, reason="MINCSE_DATA is not set: no real data here")
 
 
 @pytest.fixture
@@ -233,22 +231,20 @@ def test_mini_and_ones_own_folder_are_encoders_without_the_hub(tmp_path):
     assert encoder_folder(str(tmp_path)) == tmp_path
 
 
-@real_data
 @pytest.mark.parametrize("name, rows, columns, documents", [
     ("wiki1m", 1_000_000, 1, None),
     ("nli", 32_849, 3, None),
     ("wiki_articles", 500_003, 1, 28_556),
     ("reviews", 100_000, 1, None),
 ])
-def test_the_real_corpora_are_whole(name, rows, columns, documents):
-    corpus = read_corpus(name, Path(DATA))
+def test_the_real_corpora_are_whole(real_data, name, rows, columns, documents):
+    corpus = read_corpus(name, real_data)
     assert (len(corpus), len(corpus.columns), corpus.blank) == (rows, columns, documents or 0)
     assert (corpus.documents and corpus.documents[-1] + 1) == documents
 
 
-@real_data
-def test_the_real_test_sets_are_found():
-    assert {"STS", "SICK"} <= {path.name for path in senteval_folder(Path(DATA)).iterdir()}
+def test_the_real_test_sets_are_found(real_data):
+    assert {"STS", "SICK"} <= {path.name for path in senteval_folder(real_data).iterdir()}
 
 
 # ---- the Hub: the real client, and a server on this machine ----------------------------------

