@@ -5,8 +5,8 @@ Where does a pre-trained encoder come from? From plain text to a masked language
     python pretrain.py --from bert-base-uncased --corpus my_texts.txt       # go on, on one's own
 
 A word is hidden, the words around it must tell which it was, and nobody had to label anything
-(Devlin et al. 2019). `mincse.py --encoder FOLDER` goes on from what this program leaves. Read
-`guess` and `train` first.
+(Devlin et al. 2019). [CLS], of which a sentence encoder is made, must tell them all (`bag_loss`).
+`mincse.py --encoder FOLDER` goes on from what this program leaves. Read `guess` and `train` first.
 
 Not here: vocabulary, sequences and first word vectors (words.py), the optimizer of the matrices
 (muon.py), the encoder and its head (model.py), token masking (data.py), the folder (folders.py).
@@ -71,6 +71,7 @@ class Config:
     learning_rate: float = flag(1.2e-3, "optimisation", "peak")
     dropout: float = flag(0.0, "optimisation", "while pre-training")
     weight_decay: float = flag(0.01, "optimisation", "AdamW's, of matrices; Muon's is 0.1")
+    bag_weight: float = flag(1.0, "optimisation", "of [CLS] telling the words of its sequence")
     clip: float = flag(1.0, "optimisation", "largest gradient norm")
     seed: int = flag(42, "optimisation", "of everything random")
     dev_every: int = flag(500, "output", "steps between scores on held-out text")
@@ -96,8 +97,8 @@ class MaskedLM(nn.Module):
         head.words = model.encoder.words.weight
         self.register_buffer("seconds", torch.zeros(()))                       # trained so far
 
-    def guess(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:        # (B, T), (B, T)
-        """Logits (M, V) and answers (M,) at the M tokens that are asked for.
+    def guess(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """At the M tokens asked for logits (M, V) and answers (M,); what [CLS] says, (B, V).
 
         Only they are computed in the last layer and in the head, whose V columns are costly.
         """
@@ -105,9 +106,26 @@ class MaskedLM(nn.Module):
         x = self.model.encoder.embed(ids, torch.ones_like(ids, dtype=torch.bool))
         for layer in layers:
             x = layer(x, x)
+        first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)     # (B,)
         asked = (labels.flatten() != -100).nonzero()[:, 0]                        # (M,)
-        x = last(replace(x, rows=x.rows[asked], places=asked), x)
-        return self.head(x.rows).float(), labels.flatten()[asked]
+        places = torch.cat([first, asked])
+        x = last(replace(x, rows=x.rows[places], places=places), x)
+        summary, logits = self.head(x.rows).float().split([len(first), len(asked)])
+        return logits, labels.flatten()[asked], summary
+
+
+def bag_loss(summary: Tensor, ids: Tensor, labels: Tensor) -> Tensor:   # (B, V), (B, T), (B, T)
+    """How well does [CLS] tell which words its sequence is made of, in whatever order?
+
+        mean over the words of -log softmax(summary)[word]
+
+    A masked LM asks nothing of [CLS], which becomes a place to look at for heads that look for
+    nothing. But SimCSE starts from its vector. Asked for all the words at once, it has to gather
+    what the whole is about. After DupMAE (Xiao et al. 2023), where [CLS] helps to rebuild the text
+    and the other tokens tell its bag of words; to ask [CLS] for the bag is ours.
+    """
+    words = torch.where(labels == -100, ids, labels)[:, 1:-1]     # (B, T - 2), before masking
+    return -summary.log_softmax(dim=1).gather(1, words).mean()
 
 
 def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None) -> MaskedLM:
@@ -177,11 +195,11 @@ def train(lm: MaskedLM, optimizer: Together, text: Sequences, config: Config, *,
             group["lr"] = config.learning_rate * schedule(done)
         ids, labels = (part.to(device, non_blocking=True) for part in batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits, answers = lm.guess(ids, labels)
+            logits, answers, summary = lm.guess(ids, labels)
         loss = F.cross_entropy(logits, answers, reduction="sum") / max(len(answers), 1)
 
         optimizer.zero_grad()
-        loss.backward()
+        (loss + config.bag_weight * bag_loss(summary, ids, labels)).backward()
         nn.utils.clip_grad_norm_(lm.parameters(), config.clip)
         optimizer.step()
         before, now = now, time.perf_counter()
@@ -191,22 +209,25 @@ def train(lm: MaskedLM, optimizer: Together, text: Sequences, config: Config, *,
 
 @torch.no_grad()
 def held_out(lm: MaskedLM, text: Sequences) -> dict[str, float]:
-    """Mean cross-entropy, and the share of tokens guessed right, on text never trained on.
+    """On text never trained on: mean cross-entropy, share of tokens guessed right, loss of [CLS].
 
     The same 15 % of the same tokens every time, BERT's 80/10/10; in float32, without dropout.
     """
     lm.eval()
-    device, total, right, count = lm.head.bias.device, 0.0, 0, 0
+    device, total, bag, right, count = lm.head.bias.device, 0.0, 0.0, 0, 0
     most = min(HELD_OUT, len(text))
     rows = [i * len(text) // most for i in range(most)]           # evenly spaced
     for start in range(0, most, 64):
         batch = text.masked(rows[start : start + 64], rate=HELD_OUT_RATE, seed=start)
-        logits, answers = lm.guess(*(part.to(device) for part in batch))
+        ids, labels = (part.to(device) for part in batch)
+        logits, answers, summary = lm.guess(ids, labels)
+        bag += bag_loss(summary, ids, labels).item() * len(ids) / most
         total += F.cross_entropy(logits, answers, reduction="sum").item()
         right += (logits.argmax(dim=-1) == answers).sum().item()
         count += len(answers)
     lm.train()
-    return {"held_out_loss": total / max(count, 1), "held_out_accuracy": right / max(count, 1)}
+    return {"held_out_loss": total / max(count, 1), "held_out_accuracy": right / max(count, 1),
+            "held_out_bag_loss": bag}
 
 
 # ---- a run ----------------------------------------------------------------------------------
@@ -411,7 +432,8 @@ def validate(given: dict) -> Config:
     above_0 = ("layers", "width", "heads", "steps", "batch_size", "learning_rate", "clip",
                "dev_every", "mask_rate")
     broken = [(name, "above 0") for name in above_0 if not getattr(config, name) > 0]
-    broken += [(name, "0 or more") for name in ("minutes", "weight_decay", "seed", "threads")
+    broken += [(name, "0 or more") for name in ("minutes", "weight_decay", "bag_weight", "seed",
+                                              "threads")
                if not getattr(config, name) >= 0]
     broken += [(name, "below 1") for name in ("mask_rate", "dropout")
                if not 0 <= getattr(config, name) < 1]

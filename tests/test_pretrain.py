@@ -176,10 +176,22 @@ def test_guessing_equals_the_whole_model_asked_at_every_place(trained):
     torch.manual_seed(0)
     ids, labels = torch.randint(5, 60, (3, 7)), torch.full((3, 7), -100)
     labels[0, 2], labels[2, 5], labels[2, 6] = 11, 12, 13
-    logits, answers = lm.guess(ids, labels)
+    logits, answers, summary = lm.guess(ids, labels)
     whole = lm.head(model.encoder(ids, torch.ones_like(ids, dtype=torch.bool))[-1])   # (B, T, V)
     assert answers.tolist() == [11, 12, 13]
     assert torch.allclose(logits, torch.stack([whole[0, 2], whole[2, 5], whole[2, 6]]), atol=1e-5)
+    assert torch.allclose(summary, whole[:, 0], atol=1e-5)        # [CLS] of every sequence
+
+
+def test_the_bag_loss_asks_cls_for_every_word_as_it_was_before_masking():
+    """Two sequences [CLS] a b [SEP]; in the first, b (4) is hidden behind a 0."""
+    summary = torch.tensor([[0., 1, 2, 3, 4, 5], [1., 0, 0, 0, 0, 2]])
+    ids = torch.tensor([[1, 3, 0, 2], [1, 5, 5, 2]])
+    labels = torch.tensor([[-100, -100, 4, -100], [-100, 5, -100, -100]])
+    surprises = [math.log(sum(math.exp(x) for x in row)) - row[word]
+                 for row, words_said in zip(summary.tolist(), [(3, 4), (5, 5)])
+                 for word in words_said]
+    assert pretrain.bag_loss(summary, ids, labels).item() == pytest.approx(sum(surprises) / 4)
 
 
 def test_the_head_shares_its_word_vectors_with_the_encoder(trained):
@@ -204,6 +216,7 @@ def test_seconds_of_training_teach_it_more_than_how_frequent_words_are(trained, 
     share = counts[counts > 0] / counts.sum()
     entropy = -(share * np.log(share)).sum()
     assert results["test"]["held_out_loss"] < entropy - .5
+    assert results["test"]["held_out_bag_loss"] < entropy - .3    # [CLS] has read the others
     assert results["tokens"] == 400 * 8 * 16
 
 
