@@ -432,9 +432,8 @@ def validate(given: dict) -> Config:
     above_0 = ("layers", "width", "heads", "steps", "batch_size", "learning_rate", "clip",
                "dev_every", "mask_rate")
     broken = [(name, "above 0") for name in above_0 if not getattr(config, name) > 0]
-    broken += [(name, "0 or more") for name in ("minutes", "weight_decay", "bag_weight", "seed",
-                                              "threads")
-               if not getattr(config, name) >= 0]
+    from_0 = ("minutes", "weight_decay", "bag_weight", "seed", "threads")
+    broken += [(name, "0 or more") for name in from_0 if not getattr(config, name) >= 0]
     broken += [(name, "below 1") for name in ("mask_rate", "dropout")
                if not 0 <= getattr(config, name) < 1]
     if not 8 <= config.max_tokens <= POSITIONS:
