@@ -55,7 +55,7 @@ SHAPES = {"bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attent
                         "intermediate_size": 3072}}
 Turn = Callable[[], None]
 # What both are given: the command line's values; of a line of the table, `what` (a name in OURS),
-# `usual`, `settings` of training, `encoder` (a folder) and `corpus` (a file of one sentence a line).
+# `usual`, `settings` of training, `encoder` (a folder), `corpus` (a file of one sentence a line).
 Task = argparse.Namespace
 
 
