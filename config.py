@@ -108,7 +108,7 @@ class Config:
     epochs: int = flag(1, "optimisation", "passes over the corpus (recipe)")
     steps: int = flag(0, "optimisation", "exactly so many steps instead, schedule included")
     batch_size: int = flag(64, "optimisation", "sentences a step, so negatives + 1 (recipe)")
-    learning_rate: float = flag(1e-4, "optimisation", "peak; falls to 0 linearly (recipe)")
+    learning_rate: float = flag(1e-5, "optimisation", "peak; falls to 0 linearly (recipe)")
     dropout: float = flag(0.1, "optimisation", "in the encoder (SimCSE Table 3)")
     weight_decay: float = flag(0.0, "optimisation", "AdamW's (SimCSE code)")
     clip: float = flag(1.0, "optimisation", "largest gradient norm (SimCSE code)")
@@ -134,7 +134,7 @@ UNSUPERVISED = {
     "bert-large": dict(batch_size=64, learning_rate=1e-5),
     "roberta-base": dict(batch_size=512, learning_rate=1e-5),
     "roberta-large": dict(batch_size=512, learning_rate=3e-5),
-    "small": dict(batch_size=64, learning_rate=1e-4),             # measured here, on STS-B dev
+    "small": dict(batch_size=64, learning_rate=1e-5),             # measured here, on STS-B dev
 }
 SUPERVISED = {
     "base": dict(batch_size=512, learning_rate=5e-5, epochs=3),
@@ -149,7 +149,7 @@ OF_METHOD = {
     ("kdmcse", "roberta-base"): dict(batch_size=128),              # ours
     ("kdmcse", "large"): dict(batch_size=64, learning_rate=1e-5, epochs=3),        # ours
     ("twins", "roberta-base"): dict(batch_size=128, learning_rate=1e-5),   # ours
-    ("twins", "small"): dict(batch_size=128, learning_rate=1e-4),          # ours
+    ("twins", "small"): dict(batch_size=128, learning_rate=1e-5),          # ours
     ("infocse", "small"): dict(batch_size=128, annotation_quantile=0.95),  # ours
     ("diffcse", "bert-base"): dict(learning_rate=7e-6, epochs=2),          # DiffCSE A.1
     ("diffcse", "roberta-base"): dict(batch_size=64, learning_rate=1e-5, epochs=2, rtd_rate=0.2),

@@ -289,7 +289,8 @@ def take_up(inputs: Inputs, config: Config, folder: Path, options: dict
     devices.once(runs.clear_after, folder, state or runs.State())
     if state is None:
         devices.once(runs.describe, folder, config, sources, command(), inputs.doctor)
-        state = runs.State(before=asdict(devices.once(score_start, job)))
+        start = options.get("start") or devices.once(score_start, job)
+        state = runs.State(before=asdict(start))
         prepare(job)
     return job, state, None
 
@@ -377,6 +378,7 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> 
     for seed in seeds:
         config = replace(inputs.config, seed=seed)
         results[seed] = run_all(inputs, config, folder / f"seed-{seed}", options)
+        options = options | {"start": runs.start_of(results[seed])}   # the same for every seed
         print(f"seed {seed}: average {results[seed]['test']['avg']:.2f}", file=sys.stderr)
     return devices.once(runs.summarise, folder, inputs.config, results)
 

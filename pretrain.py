@@ -339,19 +339,24 @@ def finish(job: Job, state: runs.State) -> dict:
     results = {"before": state.before["scores"], "test": held_out(job.lm, job.held_out),
                "steps": state.step, "tokens": state.step * size,
                "seconds": job.lm.seconds.item()}
-    curve = {row["tokens"]: row["held_out_loss"] for row in runs.lines(job.folder)
-             if "held_out_loss" in row}
-    curve |= {0: results["before"]["held_out_loss"],
-              results["tokens"]: results["test"]["held_out_loss"]}
-    drawn = draw(sorted(curve.items()), job.folder / "loss.png")
-    runs.write_text(job.folder / "README.md",
-                    card(job, results, sorted(curve.items()), drawn=drawn))
+    points = curve(job.folder, results)
+    drawn = draw({job.folder.name: points}, job.folder / "loss.png")
+    runs.write_text(job.folder / "README.md", card(job, results, points, drawn=drawn))
     runs.write_json(job.folder / "results.json", results)         # last: it says "finished"
     runs.drop_state(job.folder, keep=False)
     return results
 
 
-def draw(curve: list[tuple[int, float]], path: Path) -> bool:
+def curve(folder: Path, results: dict) -> list[tuple[int, float]]:
+    """(tokens trained on, held-out loss) from before the first step to the last one."""
+    points = {row["tokens"]: row["held_out_loss"] for row in runs.lines(folder)
+              if "held_out_loss" in row}
+    ends = {0: results["before"]["held_out_loss"],
+            results["tokens"]: results["test"]["held_out_loss"]}
+    return sorted((points | ends).items())
+
+
+def draw(curves: dict[str, list[tuple[int, float]]], path: Path) -> bool:
     """Held-out loss over millions of tokens; without matplotlib the card does with a table."""
     try:
         from matplotlib.figure import Figure
@@ -359,19 +364,22 @@ def draw(curve: list[tuple[int, float]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(6, 3), layout="constrained")
     axes = figure.subplots()
-    axes.plot([tokens / 1e6 for tokens, _ in curve], [loss for _, loss in curve])
+    for name, points in curves.items():
+        axes.plot([tokens / 1e6 for tokens, _ in points], [loss for _, loss in points], label=name)
     axes.set(xlabel="million tokens", ylabel="held-out masked-LM loss")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     return True
 
 
-def card(job: Job, results: dict, curve: list[tuple[int, float]], *, drawn: bool) -> str:
+def card(job: Job, results: dict, points: list[tuple[int, float]], *, drawn: bool) -> str:
     """README.md of the folder: what was done, what came out, what it cannot do."""
     config, shape, about = job.config, job.lm.model.config, runs.environment()
     ran = json.loads((job.folder / "args.json").read_text())["command"]
     parameters = sum(p.numel() for p in job.lm.parameters())
     table = "\n".join(f"| {tokens / 1e6:.2f} | {loss:.3f} |" for tokens, loss in
-                      [*curve[: -1 : 1 + len(curve) // 12], curve[-1]])
+                      [*points[: -1 : 1 + len(points) // 12], points[-1]])
     return f"""# {job.folder.name}
 
 A masked language model trained with mincse {"on from " + config.from_ if config.from_ else

@@ -4,6 +4,7 @@ Tables and figures from the files that runs leave.
     python report.py runs/*                              # results.md, results.csv, four figures
     python report.py runs/* --baseline simcse --out report
     python report.py runs/* --keep results               # copies the records, not the weights
+    python report.py runs/pretrained/*                   # held-out loss, of pretrain.py's runs
 
 A run is a folder with args.json and results.json, anywhere below the folders given. Runs that
 differ in nothing but the seed form a group, which has a row in the table: mean and sample standard
@@ -20,15 +21,19 @@ import json
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from config import Config
 from eval_sts import exits, markdown
+from pretrain import curve, draw
 from runs import HARMLESS, deviation, write_text
 from significance import holm, sign_flip_p
 
 RECORDS = ("args.json", "env.json", "results.json", "metrics.jsonl")
+NO_FIGURES = "report.py: no figures, as matplotlib is missing: pip install matplotlib"
 NAMED = ("method", "loss", "positives")              # what a group is called after, if unusual
 USUAL = ("simcse", "info-nce", "dropout")
 BLIND = ("seed", *HARMLESS)                          # settings that do not tell groups apart
@@ -62,11 +67,21 @@ class Group:
         return {run.config["seed"]: run.average for run in self.runs}
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """One sentence instead of a traceback for records that are damaged or of something else."""
+    try:
+        yield
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{folder}: expected the records of a run ({', '.join(RECORDS)}), found "
+                         f"something else in one of them ({error!r})") from None
+
+
 def read_run(folder: Path) -> Run | None:
     """A finished run from its four records; None if another program left them."""
     def read(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
-    try:
+    with reading(folder):
         args = json.loads(read("args.json"))
         if "pruning" in args or "mask_rate" in args["config"]:
             return None
@@ -77,13 +92,23 @@ def read_run(folder: Path) -> Run | None:
                   [json.loads(line) for line in lines])
         float(run.average), run.config["seed"], env["corpus"]["sha256"]
         return run
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{folder}: expected the records of a run ({', '.join(RECORDS)}), found "
-                         f"something else in one of them ({error!r})") from None
+
+
+def pretrained(paths: list[Path]) -> dict[str, list[tuple[int, float]]]:
+    """The curve of every finished run of pretrain.py in these folders and below, by its name."""
+    curves = {}
+    for args in (args for path in paths for args in sorted(path.rglob("args.json"))):
+        results = args.parent / "results.json"
+        with reading(args.parent):
+            settings = json.loads(args.read_text(encoding="utf-8")).get("config", {})
+            if "mask_rate" in settings and results.is_file():
+                found = json.loads(results.read_text(encoding="utf-8"))
+                curves[args.parent.name] = curve(args.parent, found)
+    return curves
 
 
 def find_runs(paths: list[Path]) -> list[Run]:
-    """Every finished run in these folders and below. Unfinished ones are named and left out."""
+    """Every finished run in these folders and below. Others are named and left out."""
     runs = []
     for path in paths:
         if not path.is_dir():
@@ -95,10 +120,7 @@ def find_runs(paths: list[Path]) -> list[Run]:
                 runs.append(run)
             else:
                 why = "is of pruning.py or pretrain.py" if finished else "is not finished"
-                print(f"report.py: {args.parent} {why}: left out", file=sys.stderr)
-    if not runs:
-        raise ValueError(f"{' '.join(map(str, paths))}: expected a finished run (args.json and "
-                         "results.json) in there, found none")
+                print(f"report.py: {args.parent} {why}: not in the table", file=sys.stderr)
     return runs
 
 
@@ -329,12 +351,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, help="also copy the records of all runs to there")
     args = parser.parse_args(argv)
     with exits(3):
-        runs = find_runs(args.folders)
+        runs, curves = find_runs(args.folders), pretrained(args.folders)
+        if not runs and not curves:
+            raise ValueError(f"{' '.join(map(str, args.folders))}: expected a finished run "
+                             "(args.json and results.json) in there, found none")
+    args.out.mkdir(parents=True, exist_ok=True)
+    if curves:
+        print(markdown([["", "million tokens", "held-out loss"],
+                        *([name, f"{points[-1][0] / 1e6:.1f}", f"{points[-1][1]:.3f}"]
+                          for name, points in curves.items())], first=str.ljust))
+        if not draw(curves, args.out / "pretraining.png"):
+            print(NO_FIGURES, file=sys.stderr)
+    if runs:
+        tables(runs, args)
+
+
+def tables(runs: list[Run], args: argparse.Namespace) -> None:
+    """results.md, results.csv, figures, and the records if they are to be kept."""
     groups = groups_of(runs)
     with exits(2):
         baseline = pick_baseline(groups, args.baseline or groups[0].name)
         check_tests(groups)
-    args.out.mkdir(parents=True, exist_ok=True)
     text = as_markdown(groups, baseline)
     write_text(args.out / "results.md", text)
     write_text(args.out / "results.csv", as_csv(groups))
@@ -344,8 +381,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         drawn = figures(groups)
     except ImportError:
-        return print("report.py: no figures, as matplotlib is missing: pip install matplotlib",
-                     file=sys.stderr)
+        return print(NO_FIGURES, file=sys.stderr)
     for name, figure in drawn.items():
         for kind in ("png", "svg"):
             figure.savefig(args.out / f"{name}.{kind}", dpi=150, facecolor="white",

@@ -364,6 +364,12 @@ def conclude(folder: Path, config: Config, state: State, after: Result, *, keep_
     return results
 
 
+def start_of(results: dict) -> Result:
+    """What a run found before its first step."""
+    return Result(results["before"], mean=results["before_mean"],
+                  geometry=results["geometry_before"])
+
+
 def drop_state(folder: Path, *, keep: bool) -> None:
     """A finished run needs it no more."""
     if not keep:

@@ -217,7 +217,7 @@ def test_every_loss_and_view_goes_with_retrieved_negatives(loss, positives):
     ("roberta", 1024, ("switch-case-quota", .1, 8, 1, 512, 7.5e-6)),
     ("bert", 768, ("switch-case", .05, 64, 1, 64, 3e-5)),
     ("bert", 1024, ("switch-case-quota", .1, 8, 1, 64, 1e-5)),
-    ("bert", 256, ("switch-case", .05, 64, 1, 64, 1e-4))])
+    ("bert", 256, ("switch-case", .05, 64, 1, 64, 1e-5))])
 def test_the_defaults_are_those_of_the_authors_readme(model_type, width, expected):
     config = resolve({"method": "cards"}, model_type=model_type, width=width, columns=1)
     assert (config.positives, config.rate, config.retrieve_from, config.retrieved,

@@ -185,7 +185,7 @@ def test_without_a_trained_reference_it_warns(capsys):
 # ---- settings -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model_type, width, expected", [
-    ("bert", 768, (64, 3e-5)), ("roberta", 768, (128, 1e-5)), ("bert", 256, (128, 1e-4))])
+    ("bert", 768, (64, 3e-5)), ("roberta", 768, (128, 1e-5)), ("bert", 256, (128, 1e-5))])
 def test_the_defaults_go_by_the_encoders_size(model_type, width, expected):
     config = resolve({"method": "debcse"}, model_type=model_type, width=width, columns=1)
     assert (config.batch_size, config.learning_rate) == expected

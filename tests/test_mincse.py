@@ -202,7 +202,7 @@ def test_every_tenth_step_has_a_line_with_loss_geometry_rate_and_speed(program):
     assert [line["step"] for line in lines] == [10, 20, 25]
     assert {"loss", "alignment", "uniformity", "positive_cosine", "negative_cosine",
             "learning_rate", "sentences_per_second"} <= set(lines[0])
-    assert lines[0]["learning_rate"] == pytest.approx(1e-4 * (1 - 9 / 25))
+    assert lines[0]["learning_rate"] == pytest.approx(1e-5 * (1 - 9 / 25))
 
 
 def test_the_best_dev_score_decides_which_model_is_kept(program, pairs, monkeypatch):
@@ -352,6 +352,16 @@ def test_seeds_give_a_folder_each_and_mean_and_spread(program, capsys):
     assert [spread[name]["pairs"] for name in ("mean", "standard deviation", "lowest", "highest")
             ] == pytest.approx([mean, deviation, min(each), max(each)])
     assert "3 seeds" in capsys.readouterr().out
+
+
+def test_the_encoder_before_training_is_scored_once_for_all_seeds(program, monkeypatch):
+    scored, score = [], mincse.score_start
+    monkeypatch.setattr(mincse, "score_start", lambda job: scored.append(job) or score(job))
+    folder = program("--seeds", "0-1")
+    several = json.loads((folder / "seed-1" / "results.json").read_text())
+    assert len(scored) == 1
+    alone = json.loads((program(seed=1, out="alone") / "results.json").read_text())
+    assert several == alone
 
 
 def test_the_verdict_compares_with_fifty_public_seeds_where_the_experiment_is_the_same():

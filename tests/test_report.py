@@ -67,7 +67,7 @@ def test_an_unfinished_run_is_named_and_left_out(run, tmp_path, capsys):
     run(0, 60.)
     (run(1, 61.) / "results.json").unlink()
     assert len(report.find_runs([tmp_path])) == 1
-    assert "seed-1 is not finished: left out" in capsys.readouterr().err
+    assert "seed-1 is not finished: not in the table" in capsys.readouterr().err
 
 
 def test_sequences_federations_and_older_versions_are_told_apart_by_what_differs(run, tmp_path):
@@ -88,7 +88,26 @@ def test_a_federation_without_cosines_of_positives_is_drawn_and_others_folders_a
     (other / "args.json").write_text('{"pruning": {}, "command": "python pruning.py x"}')
     report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert (tmp_path / "out" / "curves.png").is_file()
-    assert "is of pruning.py or pretrain.py: left out" in capsys.readouterr().err
+    assert "is of pruning.py or pretrain.py: not in the table" in capsys.readouterr().err
+
+
+def test_the_curve_of_a_pre_training_starts_before_the_first_step_and_ends_at_the_last(
+        tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    for name, last in (("svd", 4.), ("random", 5.)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text('{"config": {"mask_rate": 0.2}, "command": "python"}')
+        (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 2000000, "loss": 9}\n'
+                                              '{"tokens": 4000000, "held_out_loss": 6.0}\n')
+        (folder / "results.json").write_text(json.dumps(
+            {"before": {"held_out_loss": 9.5}, "test": {"held_out_loss": last},
+             "tokens": 5_000_000}))
+    expected = [(0, 9.5), (4_000_000, 6.0), (5_000_000, 4.0)]
+    assert report.pretrained([tmp_path])["svd"] == expected
+    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+    assert "| random |            5.0 |         5.000 |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "pretraining.png").stat().st_size > 1000
 
 
 # ---- significance ---------------------------------------------------------------------------

@@ -331,7 +331,7 @@ def test_our_defaults():
     found = {kind: resolve({"method": "twins"}, model_type=kind[0], width=kind[1], columns=1)
              for kind in (("bert", 768), ("roberta", 768), ("bert", 256))}
     assert [(config.batch_size, config.learning_rate) for config in found.values()] == [
-        (64, 3e-5), (128, 1e-5), (128, 1e-4)]
+        (64, 3e-5), (128, 1e-5), (128, 1e-5)]
     assert (Config().twins_weight, Config().queue_batches) == (1, 2)
 
 
