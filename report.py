@@ -133,7 +133,7 @@ def groups_of(runs: list[Run]) -> list[Group]:
     names = names_of([json.loads(key) for key in found])
     groups = [Group(name, sorted(members, key=lambda run: run.config["seed"]))
               for name, members in zip(names, found.values())]
-    return sorted(groups, key=lambda group: group.name != USUAL[0])
+    return sorted(groups, key=lambda group: group.name.split(",")[0] != USUAL[0])
 
 
 def names_of(configs: list[dict]) -> list[str]:
@@ -164,7 +164,8 @@ def paired(group: Group, baseline: Group) -> list[float]:
 def rows_of(groups: list[Group], baseline: Group) -> list[list[str]]:
     """The table: a line per group, every task as mean, the average as mean ± deviation."""
     tasks = [task for task in groups[0].runs[0].results["test"] if task != "avg"]
-    lines = [["", "seeds", "steps", *tasks, "average", "against " + baseline.name, "p"]]
+    short = baseline.name.split(",")[0]
+    lines = [["", "seeds", "steps", *tasks, "average", "against " + short, "p"]]
     others = [group for group in groups if group is not baseline and paired(group, baseline)]
     chances = dict(zip((group.name for group in others),
                        holm([sign_flip_p(paired(group, baseline)) for group in others])))

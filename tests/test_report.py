@@ -58,9 +58,13 @@ def test_a_group_is_named_after_what_tells_it_from_its_likes(run, tmp_path):
     assert sorted(names) == ["is-cse focal", "simcse, steps 10", "simcse, steps 20"]
 
 
-def test_simcse_stands_first(run, tmp_path):
-    run(0, 60., method="cards"), run(0, 61.)
-    assert report.groups_of(report.find_runs([tmp_path]))[0].name == "simcse"
+@pytest.mark.parametrize("rates, first", [([1e-5], "simcse"),
+                                          ([1e-5, 3e-5], "simcse, learning_rate 1e-05")])
+def test_simcse_stands_first(run, tmp_path, rates, first):
+    run(0, 60., method="cards")
+    for rate in rates:
+        run(0, 61., learning_rate=rate)
+    assert report.groups_of(report.find_runs([tmp_path]))[0].name == first
 
 
 def test_an_unfinished_run_is_named_and_left_out(run, tmp_path, capsys):
@@ -156,10 +160,18 @@ def test_it_reads_what_a_real_run_left(program, tmp_path, capsys):
     assert f"{found['avg']:.2f}" in capsys.readouterr().out
 
 
-def test_the_table_of_the_readme_is_made_from_the_records_in_results():
-    groups = report.groups_of(report.find_runs([ROOT / "results" / "wiki1m"]))
+@pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
+def test_the_table_of_both_pages_is_made_from_the_records_in_results(page):
+    groups = report.groups_of(report.find_runs([ROOT / "results" / "study"]))
     table = report.as_markdown(groups, groups[0]).split("\n\n")[0]
-    assert table in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table in (ROOT / page).read_text(encoding="utf-8")
+
+
+def test_the_average_on_all_of_wiki1m_is_that_of_the_records():
+    group, = report.groups_of(report.find_runs([ROOT / "results" / "wiki1m"]))
+    said = report.spread(list(group.averages.values()))
+    for page in ("README.md", "mini/README.md"):
+        assert said in (ROOT / page).read_text(encoding="utf-8")
 
 
 # ---- what is refused ------------------------------------------------------------------------
