@@ -254,7 +254,7 @@ def draw_averages(groups: list[Group]):
 def draw_dev(groups: list[Group]):
     """The dev score over steps, mean over seeds; None where no run has one."""
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    figure, axes = pyplot.subplots(figsize=(9, 4.2))
     for group in groups:
         points = {}
         for row in (row for run in group.runs for row in run.metrics if "dev" in row):
@@ -267,7 +267,7 @@ def draw_dev(groups: list[Group]):
     axes.grid(alpha=0.3)
     if not axes.lines:
         return None
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
@@ -297,7 +297,7 @@ def draw_geometry(groups: list[Group], where: str = "STS-B test"):
     if not groups:
         return None
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.5))
+    figure, axes = pyplot.subplots(figsize=(8.5, 4.5))
     start = groups[0].runs[0].results["geometry_before"][where]
     axes.plot(start["uniformity"], start["alignment"], "s", color="#000000")
     axes.annotate("before", (start["uniformity"], start["alignment"]), xytext=(5, 5),
@@ -311,7 +311,7 @@ def draw_geometry(groups: list[Group], where: str = "STS-B test"):
         axes.plot(x, y, "o", color=PALETTE[i % len(PALETTE)], label=group.name)
     axes.set_xlabel(f"uniformity on {where}")
     axes.set_ylabel(f"alignment on {where}")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return figure
 
 
