@@ -234,7 +234,7 @@ def figures(groups: list[Group]) -> dict:
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart; then dark ones.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F3C8D",
-           "#80593D", "#666666", "#A50026", "#11A579"]
+           "#80593D", "#666666", "#A50026", "#2F4B1F"]
 
 
 def draw_averages(groups: list[Group]):
