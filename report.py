@@ -356,8 +356,8 @@ def main(argv: list[str] | None = None) -> None:
         if not runs and not curves:
             raise ValueError(f"{' '.join(map(str, args.folders))}: expected a finished run "
                              "(args.json and results.json) in there, found none")
-    args.out.mkdir(parents=True, exist_ok=True)
     if curves:
+        args.out.mkdir(parents=True, exist_ok=True)
         print(markdown([["", "million tokens", "held-out loss"],
                         *([name, f"{points[-1][0] / 1e6:.1f}", f"{points[-1][1]:.3f}"]
                           for name, points in curves.items())], first=str.ljust))
@@ -373,6 +373,7 @@ def tables(runs: list[Run], args: argparse.Namespace) -> None:
     with exits(2):
         baseline = pick_baseline(groups, args.baseline or groups[0].name)
         check_tests(groups)
+    args.out.mkdir(parents=True, exist_ok=True)
     text = as_markdown(groups, baseline)
     write_text(args.out / "results.md", text)
     write_text(args.out / "results.csv", as_csv(groups))
