@@ -237,6 +237,7 @@ class CARDS(SimCSE):
                              "different sentences: give a lower one, or a larger corpus")
         nearest = torch.zeros(len(self.texts), config.retrieve_from, dtype=torch.int32)
         self.register_buffer("nearest", nearest)                  # (N, K)
+        self.static = not config.refresh
 
     def prepare(self, encode: Callable, seed: int) -> None:
         """Find the K nearest of every sentence. Costs one encoding of all, and 2·N²·D."""

@@ -8,7 +8,7 @@ What is wrong ends the program here, in one sentence: 2 for what was typed, 3 fo
 Not here: the settings themselves (config.py), which of them go together (papers.py).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from teacher import read_teacher
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every seed of a run shares: read, checked, never changed."""
+    """What every seed of a run shares: read and checked; only `known` grows."""
     corpus: data.Corpus
     tokenizer: data.Tokenizer
     folder: Path                      # of the encoder
@@ -40,6 +40,7 @@ class Inputs:
     device: torch.device
     later: tuple[data.Corpus, ...] = ()   # what a sequence goes on with (regimes.py)
     start: dict | None = None         # the parts that a stage takes over from the one before
+    known: dict = field(default_factory=dict)   # what one seed found that is so for the next, too
 
 
 def read_inputs(given: dict) -> Inputs:

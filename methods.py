@@ -71,6 +71,7 @@ class SimCSE(nn.Module):
     columns_taken = (1, 2, 3)
     reads_teacher = False             # whether it needs corpus.teacher
     layers_read = 1                   # how many hidden layers `loss` gets, from the last one down
+    static = False                    # does `prepare` find the same for every seed, for good?
     head = Head                       # between pooling and loss while training
 
     def __init__(self, corpus, config, *, model: SentenceEncoder):

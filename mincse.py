@@ -289,7 +289,7 @@ def take_up(inputs: Inputs, config: Config, folder: Path, options: dict
     devices.once(runs.clear_after, folder, state or runs.State())
     if state is None:
         devices.once(runs.describe, folder, config, sources, command(), inputs.doctor)
-        start = options.get("start") or devices.once(score_start, job)
+        start = inputs.known.get("start") or devices.once(score_start, job)
         state = runs.State(before=asdict(start))
         prepare(job)
     return job, state, None
@@ -312,8 +312,14 @@ def run(inputs: Inputs, config: Config, folder: Path, options: dict) -> dict:
 
 def prepare(job: Job) -> None:
     """Before the first step; of several processes each does it, and has the same to the bit."""
-    job.parts["method"].prepare(job.encode, job.config.seed)
-    devices.equalize(job.parts["method"])
+    method, known = job.parts["method"], job.inputs.known
+    if "prepared" in known:
+        method.load_state_dict(known["prepared"])
+    else:
+        method.prepare(job.encode, job.config.seed)
+    if method.static:
+        known["prepared"] = method.state_dict()
+    devices.equalize(method)
 
 
 def score_start(job: Job) -> Result:
@@ -378,7 +384,7 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> 
     for seed in seeds:
         config = replace(inputs.config, seed=seed)
         results[seed] = run_all(inputs, config, folder / f"seed-{seed}", options)
-        options = options | {"start": runs.start_of(results[seed])}   # the same for every seed
+        inputs.known["start"] = runs.start_of(results[seed])
         print(f"seed {seed}: average {results[seed]['test']['avg']:.2f}", file=sys.stderr)
     return devices.once(runs.summarise, folder, inputs.config, results)
 

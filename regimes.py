@@ -138,7 +138,7 @@ def federated(job, train_stage: Callable, *, first: int) -> Iterator[dict]:
         for client in taking_part(config, number):
             rows, turn = shards[client], (number - 1) * config.clients + client
             local = replace(inputs, corpus=part(inputs.corpus, rows), test=test, dev=None,
-                            start=begin | {"method.labels": labels[rows]})
+                            start=begin | {"method.labels": labels[rows]}, known={})
             rate = config.learning_rate * ROUND_DECAY ** (number - 1)
             own = replace(config, seed=config.seed + SEED_STEP * turn, learning_rate=rate,
                           dev="none")

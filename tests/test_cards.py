@@ -266,6 +266,18 @@ def test_a_run_that_goes_on_ends_with_the_same_weights(train, stopped, monkeypat
     assert (train("--resume", out="again") / "model.safetensors").read_bytes() == whole
 
 
+@pytest.mark.parametrize("refresh, searches", [(0, 1), (3, 4)])
+def test_seeds_share_the_index_of_the_given_encoder(refresh, searches, train, monkeypatch):
+    made, prepare = [], CARDS.prepare
+    monkeypatch.setattr(CARDS, "prepare", lambda method, encode, seed: (
+        made.append(seed), prepare(method, encode, seed)))
+    folder = train("--seeds", "0-1", refresh=refresh)
+    assert len(made) == searches                                  # --refresh 3: two in each run
+    alone = train(seed=1, refresh=refresh, out="alone")
+    assert ((folder / "seed-1" / "model.safetensors").read_bytes()
+            == (alone / "model.safetensors").read_bytes())
+
+
 def test_with_refresh_the_index_is_made_anew_by_the_encoder_in_training(train, monkeypatch):
     seen, prepare = [], CARDS.prepare
     monkeypatch.setattr(CARDS, "prepare", lambda method, encode, seed: (
