@@ -120,9 +120,13 @@ def build(inputs: Inputs, config: Config) -> Job:
         parts.load_state_dict(inputs.start)
         parts["method"].follow(model)
     optimizer = torch.optim.AdamW(parts.parameters(), weight_decay=config.weight_decay, fused=True)
-    per_epoch = len(inputs.corpus) // config.batch_size
-    return Job(config, inputs, parts, optimizer, config.steps or config.epochs * per_epoch,
+    return Job(config, inputs, parts, optimizer, count_steps(inputs, config),
                wants_bf16(config.precision, inputs.device))
+
+
+def count_steps(inputs: Inputs, config: Config) -> int:
+    """As many as were asked for, or those of the epochs."""
+    return config.steps or config.epochs * (len(inputs.corpus) // config.batch_size)
 
 
 def wants_bf16(precision: str, device: torch.device) -> bool:

@@ -46,12 +46,13 @@ from config import Config
 from devices import Pieces
 from eval_sts import Result, exits
 from folders import contents, load, save, stage
-from inputs import Inputs, Job, build, read_inputs
+from inputs import Inputs, Job, build, count_steps, read_inputs
 from losses import alignment, cosine, uniformity
 from methods import Encoded, SimCSE
 from model import MaskedLMHead, SentenceEncoder, encode
 
 LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
+DRY_ROWS = 2048                       # rows that a dry run looks at
 
 
 # ---- the training loop ----------------------------------------------------------------------
@@ -392,11 +393,18 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, options: dict) -> 
 # ---- before it gets serious -----------------------------------------------------------------
 
 def dry_run(inputs: Inputs) -> str:
-    """Three steps, one dev score, a save and a reload: what can break has broken by then."""
+    """Three steps, one dev score, a save and a reload: what can break has broken by then.
+
+    On the first rows only, as some papers look at the whole corpus before the first step.
+    """
+    config = replace(inputs.config, steps=count_steps(inputs, inputs.config))
+    rows = range(min(len(inputs.corpus), max(DRY_ROWS, 4 * config.batch_size)))
     with exits(3):
-        job = build(inputs, inputs.config)
+        job = build(replace(inputs, corpus=regimes.part(inputs.corpus, rows)), config)
+    started = time.perf_counter()
     prepare(job)
     stamps = [time.perf_counter()]
+    preparing = (stamps[0] - started) * len(inputs.corpus) / len(rows)
     for _, loss, _ in steps_of(job, islice(batches_by_round(job, first=1), 3), first=1):
         loss.item()                                               # waits until the step is done
         stamps.append(time.perf_counter())
@@ -408,10 +416,11 @@ def dry_run(inputs: Inputs) -> str:
         again = load(Path(folder)).to(inputs.device)
         texts = inputs.corpus.columns[0][:8]
         same = torch.equal(job.encode(texts), encode(again, inputs.tokenizer, texts))
-    return plan(job, seconds=stamps[-1] - stamps[-2], scoring=scoring, reloaded=same)
+    return plan(job, preparing=preparing, seconds=stamps[-1] - stamps[-2], scoring=scoring,
+                reloaded=same)
 
 
-def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
+def plan(job: Job, *, preparing: float, seconds: float, scoring: float, reloaded: bool) -> str:
     """What the run would do, from what three steps took."""
     config = job.config
     scored = -(-job.steps // config.dev_every) if job.inputs.dev else 0
@@ -425,7 +434,9 @@ def plan(job: Job, *, seconds: float, scoring: float, reloaded: bool) -> str:
         f"steps: {job.steps} of {config.batch_size} rows, at {seconds:.3f} s",
         f"tokens: about {tokens / 1e6:.1f} million per column",
         f"dev scores: {scored}, at {scoring:.1f} s",
-        f"expected time: {(job.steps * seconds + (scored + 2) * scoring) / 60:.1f} minutes",
+        f"before the first step: {preparing / 60:.1f} minutes, by its first rows",
+        f"expected time: {(preparing + job.steps * seconds + (scored + 2) * scoring) / 60:.1f} "
+        "minutes",
         f"peak memory: {peak_memory(job.inputs.device)}",
         f"saved and reloaded with equal vectors: {'yes' if reloaded else 'NO'}"])
 

@@ -54,9 +54,10 @@ def of(config: Config) -> Regime | None:
 
 def part(corpus: Corpus, rows: Sequence[int]) -> Corpus:
     """Some rows of a corpus, as one of its own."""
-    documents = [corpus.documents[row] for row in rows] if corpus.documents else None
+    rows = list(rows)
     return replace(corpus, columns=[[column[row] for row in rows] for column in corpus.columns],
-                   documents=documents)
+                   documents=[corpus.documents[row] for row in rows] if corpus.documents else None,
+                   teacher=None if corpus.teacher is None else corpus.teacher[rows])
 
 
 def hold_out(texts: Sequence[str], rows: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -306,6 +306,13 @@ def test_a_corpus_smaller_than_the_pool_is_refused_before_the_first_step(train, 
     assert "--retrieve-from 64: expected at most 63" in capsys.readouterr().err
 
 
-def test_a_dry_run_needs_no_index(train, capsys):
-    train("--dry-run")
-    assert "saved and reloaded with equal vectors: yes" in capsys.readouterr().out
+def test_a_dry_run_indexes_its_first_rows_and_plans_for_all(train, capsys, monkeypatch):
+    sizes, prepare = [], CARDS.prepare
+    monkeypatch.setattr("mincse.DRY_ROWS", 16)
+    monkeypatch.setattr(CARDS, "prepare", lambda method, encode, seed: (
+        sizes.append(len(method.texts)), prepare(method, encode, seed)))
+    train("--dry-run", steps=0, batch_size=8)
+    said = capsys.readouterr().out
+    assert sizes == [32]                                          # four batches, of 64 sentences
+    assert "steps: 8 of 8 rows" in said and "before the first step: 0." in said
+    assert "saved and reloaded with equal vectors: yes" in said
