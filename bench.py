@@ -74,8 +74,7 @@ def train_ours(task: Task, turn: Turn) -> tuple[int, int]:
         "steps": task.steps * (task.turns + 1) + 1, "device": task.device})
     job = mincse.build(inputs, inputs.config)
     mincse.prepare(job)
-    loop = mincse.train(job.parts, job.optimizer, mincse.batches_by_round(job, first=1), job.config,
-                        steps=job.steps, first=1, device=inputs.device, bf16=job.bf16)
+    loop = mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1)
     for _ in range(task.turns + 1):
         for _ in range(task.steps):
             next(loop)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -350,6 +351,24 @@ def test_out_of_memory_suggests_half_of_what_failed(ended, monkeypatch, fails, s
     monkeypatch.setattr(METHODS["simcse"], "loss", lambda self, out: fails())
     code, found, _ = ended(steps=4, **settings)
     assert code == 1 and said in found
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc",
+                    reason="only glibc keeps what was freed and can be asked for it")
+def test_freed_memory_between_blocks_in_use_goes_back_every_fifty_steps():
+    def resident():
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    def steps(count):
+        for step in range(count):
+            if step == 0:                                         # 200 MiB, every other block freed
+                blocks = [torch.ones(2**14) for _ in range(6400)]
+                del blocks[::2]
+            yield resident()
+    before_and_after = list(devices.within_memory(steps(51), Config()))
+    assert before_and_after[0] - before_and_after[49] < 10
+    assert before_and_after[49] - before_and_after[50] > 150
 
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory(ended, monkeypatch):
