@@ -311,7 +311,7 @@ def test_a_value_out_of_range_is_refused(settings, said):
 
 
 @pytest.mark.parametrize("model_type, width, rate", [
-    ("bert", 768, 5e-5), ("roberta", 1024, 1e-5), ("bert", 256, 1e-4)])
+    ("bert", 768, 5e-5), ("roberta", 1024, 1e-5), ("bert", 256, 3e-4)])
 def test_it_trains_like_supervised_simcse_but_without_a_head_between(model_type, width, rate):
     config = resolve({"method": "core-tuning"}, model_type=model_type, width=width, columns=3)
     assert (config.head, config.learning_rate, config.epochs) == ("none", rate, 3)
