@@ -167,10 +167,13 @@ def test_the_table_of_both_pages_is_made_from_the_records_in_results(page):
     assert table in (ROOT / page).read_text(encoding="utf-8")
 
 
-def test_the_average_on_all_of_wiki1m_is_that_of_the_records():
-    group, = report.groups_of(report.find_runs([ROOT / "results" / "wiki1m"]))
+@pytest.mark.parametrize("folder, pages", [
+    ("wiki1m/simcse", ["README.md", "mini/README.md"]), ("wiki1m/simcse-1500", ["README.md"]),
+    ("combination/nli", ["README.md", "RESULTS.md"])])
+def test_averages_that_are_told_in_a_sentence_are_those_of_the_records(folder, pages):
+    group, = report.groups_of(report.find_runs([ROOT / "results" / folder]))
     said = report.spread(list(group.averages.values()))
-    for page in ("README.md", "mini/README.md"):
+    for page in pages:
         assert said in (ROOT / page).read_text(encoding="utf-8")
 
 
