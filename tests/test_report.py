@@ -167,6 +167,14 @@ def test_the_table_of_both_pages_is_made_from_the_records_in_results(page):
     assert table in (ROOT / page).read_text(encoding="utf-8")
 
 
+def test_the_table_of_ablations_is_made_from_the_records_in_results():
+    study = [ROOT / "results" / "study" / name
+             for name in ("cards", "debcse", "diffcse", "ifnd", "kdmcse", "sscl", "twins")]
+    groups = report.groups_of(report.find_runs([ROOT / "results" / "ablations", *study]))
+    table = report.as_markdown(groups, report.pick_baseline(groups, "simcse, head train"))
+    assert table.split("\n\n")[0] in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("folder, pages", [
     ("wiki1m/simcse", ["README.md", "mini/README.md"]), ("wiki1m/simcse-1500", ["README.md"]),
     ("combination/nli", ["README.md", "RESULTS.md"])])
