@@ -366,9 +366,9 @@ def test_freed_memory_between_blocks_in_use_goes_back_every_fifty_steps():
                 blocks = [torch.ones(2**14) for _ in range(6400)]
                 del blocks[::2]
             yield resident()
-    before_and_after = list(devices.within_memory(steps(51), Config()))
-    assert before_and_after[0] - before_and_after[49] < 10
-    assert before_and_after[49] - before_and_after[50] > 150
+    held = list(devices.within_memory(steps(51), Config()))       # MiB, at each step
+    assert held[0] - held[49] < 10
+    assert held[49] - held[50] > 150
 
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory(ended, monkeypatch):
