@@ -43,7 +43,7 @@ import data
 import mincse
 import runs
 from docs import doc_sentences
-from eval_sts import exits, open_encoder, pick_device, read_test
+from eval_sts import count, exits, open_encoder, pick_device, read_test
 from folders import read_config, save
 from inputs import wants_bf16
 from model import Encoder, SentenceEncoder, encode
@@ -358,14 +358,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     top.add_argument("--only", nargs="+", choices=["import", "corpus", *OURS, "methods"],
                      default=["import", "corpus", *OURS], help="[all but methods]")
     top.add_argument("--data", type=Path, help="folder with wiki1m and senteval/ [built-in docs]")
-    top.add_argument("--batch-size", type=int, default=64, help="[64]")
-    top.add_argument("--max-tokens", type=int, default=32, help="where both cut, if `same` [32]")
+    top.add_argument("--batch-size", type=count, default=64, help="[64]")
+    top.add_argument("--max-tokens", type=count, default=32, help="where both cut, if `same` [32]")
     top.add_argument("--precision", choices=["fp32", "bf16"], help="of both, if `same` [auto]")
     top.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
-    top.add_argument("--threads", type=int, default=torch.get_num_threads(), help="[all]")
-    top.add_argument("--turns", type=int, default=3, help="of each library [3]")
-    top.add_argument("--steps", type=int, default=4, help="of training in a turn [4]")
-    top.add_argument("--sentences", type=int, default=1000, help="to train on and encode [1000]")
+    top.add_argument("--threads", type=count, default=torch.get_num_threads(), help="[all]")
+    top.add_argument("--turns", type=count, default=3, help="of each library [3]")
+    top.add_argument("--steps", type=count, default=4, help="of training in a turn [4]")
+    top.add_argument("--sentences", type=count, default=1000, help="to train on and encode [1000]")
     return top.parse_args(argv)
 
 

@@ -8,6 +8,7 @@ wins. A weight of 0 turns a term off, so there are no on/off flags for terms.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields, replace
 
 from losses import LOSSES, RELAXED
@@ -309,6 +310,8 @@ def validate(config: Config) -> None:
         broken.append(("alpha_end", f"at least --alpha-start, {config.alpha_start}"))
     broken += [(name, f"from 0 to {most}") for name, most in UP_TO.items()
                if not 0 <= values[name] <= most]
+    broken += [(name, "a finite number") for name, value in values.items()
+               if isinstance(value, float) and not math.isfinite(value)]
     for name, expected in broken[:1]:
         raise ValueError(f"{dashed(name)}: expected {expected}, found {values[name]}")
 

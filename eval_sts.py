@@ -365,6 +365,14 @@ def open_encoder(folder: Path, *, pooling: str | None = None
     return model, tokenizer
 
 
+def count(text: str) -> int:
+    """An argument of which there must be one, at least."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
+    return value
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a sentence encoder.")
     parser.add_argument("encoder", help="a folder, a Hub id, or mini")
@@ -372,19 +380,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", choices=STSB, help="of stsb [test]")
     parser.add_argument("--data", type=Path, help="folder with senteval/ (or MINCSE_DATA)")
     parser.add_argument("--pooling", choices=POOLINGS, help="instead of the folder's own")
-    parser.add_argument("--max-tokens", type=int, help="cut longer sentences [the folder's limit]")
-    parser.add_argument("--batch-size", type=int, default=64, help="[64]")
+    parser.add_argument("--max-tokens", type=count,
+                        help="cut longer sentences [the folder's limit]")
+    parser.add_argument("--batch-size", type=count, default=64, help="[64]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="[fp32]")
-    parser.add_argument("--threads", type=int, default=0, help="processor threads [all]")
+    parser.add_argument("--threads", type=count, default=0, help="processor threads [all]")
     parser.add_argument("--verbose", action="store_true", help="every subset of every task")
     parser.add_argument("--oversmoothing", action="store_true",
                         help="how alike tokens and neighbouring layers are, layer by layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args(argv)
-    for name in ("max_tokens", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 3:
-            parser.error(f"--{name.replace('_', '-')} must be at least 3")
+    if args.max_tokens and args.max_tokens < 3:
+        parser.error("--max-tokens must be at least 3: [CLS], a word and [SEP]")
     return args
 
 

@@ -459,7 +459,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {name: given.pop(name, False) for name in settings.OPTIONS}
     if options["list"]:
         return print(settings.listing())
-    if given.get("threads"):
+    if given.get("threads", 0) > 0:
         torch.set_num_threads(given["threads"])
     seeds = given.pop("seeds", None)
     with devices.first_ahead():

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import data
 import mincse
 import runs
-from eval_sts import (StsTest, TwinTest, exits, markdown, open_encoder, pick_device, plain,
+from eval_sts import (StsTest, TwinTest, count, exits, markdown, open_encoder, pick_device, plain,
                       read_test, spearman)
 from folders import load, save
 from losses import alignment, uniformity
@@ -229,7 +229,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         default=["heads", "neurons"], help="what is removed [both]")
     parser.add_argument("--weight", type=float, default=0.5,
                         help="λ of alignment, the rest of uniformity (StarK) [0.5]")
-    parser.add_argument("--random-draws", type=int, default=3, metavar="N",
+    parser.add_argument("--random-draws", type=count, default=3, metavar="N",
                         help="of the control [3]")
     parser.add_argument("--corpus", default="docs", help="gives the sentences for scores [docs]")
     parser.add_argument("--sentences", type=int, default=10_000, metavar="N", help="[10000]")
@@ -244,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder with own copies of the data")
     parser.add_argument("--seed", type=int, default=0, help="of sentences, dropout, control [0]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    parser.add_argument("--threads", type=int, default=0, help="processor threads [all]")
+    parser.add_argument("--threads", type=count, default=0, help="processor threads [all]")
     parser.add_argument("--out", type=Path, help="folder to write to [RUN-pruned]")
     parser.add_argument("--resume", action="store_true", help="go on where it was stopped")
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
@@ -263,7 +263,6 @@ def check(args: argparse.Namespace) -> None:
     for name, fits, expected in (
             ("weight", 0 <= args.weight <= 1, "0 to 1"),
             ("retrain", args.retrain >= 0, "0 or more"),
-            ("random_draws", args.random_draws >= 1, "1 or more"),
             ("sentences", args.sentences >= 4, "4 or more, since batches of 2 are compared")):
         if not fits:
             raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, found "

@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 import data as corpora
-from eval_sts import StsTest, exits, likeness, markdown, open_encoder, pick_device, read_test
+from eval_sts import (StsTest, count, exits, likeness, markdown, open_encoder, pick_device,
+                      read_test)
 from model import encode
 
 DRAWS = 10_000
@@ -155,10 +156,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="what they are compared with")
     parser.add_argument("--test", default="sts", help="sts, stsb or a .tsv file [sts]")
     parser.add_argument("--data", type=Path, help="folder with senteval/ (or MINCSE_DATA)")
-    parser.add_argument("--draws", type=int, default=DRAWS, help=f"of the bootstrap [{DRAWS}]")
+    parser.add_argument("--draws", type=count, default=DRAWS, help=f"of the bootstrap [{DRAWS}]")
     args = parser.parse_args(argv)
-    if args.draws < 1:
-        parser.error(f"--draws: expected 1 or more, found {args.draws}")
     if args.test == "docs":
         parser.error("--test: expected sts, stsb or a .tsv file of scored pairs, found docs")
     return args

@@ -90,6 +90,7 @@ def test_seeds_are_a_range_with_both_ends(text, seeds):
     (dict(batch_size=1), "--batch-size: expected 2 or more, since the others"),
     (dict(dropout=1.), "--dropout: expected from 0 to below 1, found 1.0"),
     (dict(steps=-1), "--steps: expected 0 or more, found -1"),
+    (dict(hardness=float("nan")), "--hardness: expected a finite number, found nan"),
     (dict(alpha_start=.5), "--alpha-end: expected at least --alpha-start, 0.5, found 0.1"),
 ])
 def test_a_value_out_of_range_is_refused_by_the_name_of_its_flag(settings, said):

@@ -215,6 +215,8 @@ def test_the_script_runs_alone_without_network_on_the_built_in_test():
 @pytest.mark.parametrize("arguments, code, said", [
     (["mini", "--pooling", "max"], 2, "invalid choice: 'max'"),
     (["mini", "--device", "abacus"], 2, "--device abacus"),
+    (["mini", "--threads", "-1"], 2, "--threads: expected 1 or more, found -1"),
+    (["mini", "--max-tokens", "2"], 2, "--max-tokens must be at least 3"),
     (["mini", "--test", "missing.tsv"], 3, "missing.tsv"),
     (["mini", "--test", "sts", "--data", "nowhere"], 3, "nowhere"),
     (["no/such/folder", "--test", "docs"], 3, "no/such/folder"),

@@ -420,6 +420,7 @@ def half_the_vocabulary(content):
     (["--corpus", "nli.csv", "--method", "is-cse"], 2, "takes a corpus of 1 or 2 columns, found 3"),
     (["--corpus", "nli.csv", "--loss", "focal"], 2, "has hard negatives (3 columns)"),
     (["--batch-size", "65"], 2, "--batch-size 65 needs a corpus of as many rows, found 64"),
+    (["--threads", "-1"], 2, "--threads: expected 0 or more, found -1"),
     (["--max-tokens", "600"], 2, "--max-tokens: expected 3 to 512"),
     (["--pooling", "max"], 2, "invalid choice: 'max'"),
     (["--seeds", "4-0"], 2, "invalid seed_range value: '4-0'"),
