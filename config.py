@@ -310,10 +310,15 @@ def validate(config: Config) -> None:
         broken.append(("alpha_end", f"at least --alpha-start, {config.alpha_start}"))
     broken += [(name, f"from 0 to {most}") for name, most in UP_TO.items()
                if not 0 <= values[name] <= most]
-    broken += [(name, "a finite number") for name, value in values.items()
-               if isinstance(value, float) and not math.isfinite(value)]
+    broken += not_finite(values)
     for name, expected in broken[:1]:
         raise ValueError(f"{dashed(name)}: expected {expected}, found {values[name]}")
+
+
+def not_finite(values: dict) -> list[tuple[str, str]]:
+    """NaN and infinity, which some comparisons let through: (name, what is expected)."""
+    return [(name, "a finite number") for name, value in values.items()
+            if isinstance(value, float) and not math.isfinite(value)]
 
 
 def listing() -> str:

@@ -228,8 +228,8 @@ class TwinTest:
         _, ours, theirs = zip(*self.twins)
         likeness = cosine(*encode(ours + theirs).chunk(2))        # (N, N)
         own = likeness.diagonal()[:, None]                        # (N, 1)
-        # A tie counts against the encoder, or a collapsed one would find all of them.
-        rank = (likeness >= own).sum(dim=1).float()               # (N,), 1 is best
+        # A tie counts against the encoder, or a collapsed one would find all of them; so does NaN.
+        rank = (~(likeness < own)).sum(dim=1).float()             # (N,), 1 is best
         first = 100 * (rank == 1).float().mean().item()
         return Result(scores={"acc@1": first, "mrr": 100 * (1 / rank).mean().item(), "avg": first},
                       pairs={"doc twins": len(self.twins)})

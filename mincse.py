@@ -453,6 +453,15 @@ def peak_memory(device: torch.device) -> str:
     return f"{getrusage(RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB"
 
 
+def announce(inputs: Inputs) -> None:
+    """What was read, and what does nothing with it."""
+    for doctor in (inputs.doctor, *inputs.doctor.get("later", ())):
+        print("\n".join(data.doctor_lines(doctor)), file=sys.stderr)
+    if inputs.config.positives.startswith("switch-case") and not inputs.tokenizer.cased:
+        print(f"mincse.py: NOTICE: --positives {inputs.config.positives} is off: to the uncased "
+              f"tokenizer of {inputs.config.encoder} both cases are the same", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> None:
     devices.join()
     given = vars(settings.parser().parse_args(argv))
@@ -462,13 +471,12 @@ def main(argv: list[str] | None = None) -> None:
     if given.get("threads", 0) > 0:
         torch.set_num_threads(given["threads"])
     seeds = given.pop("seeds", None)
+    with exits(2):
+        if seeds and "seed" in given:
+            raise ValueError("--seed and --seeds both say which runs are made: give one of them")
     with devices.first_ahead():
         inputs = read_inputs(given)
-    for doctor in (inputs.doctor, *inputs.doctor.get("later", ())):
-        print("\n".join(data.doctor_lines(doctor)), file=sys.stderr)
-    if inputs.config.positives.startswith("switch-case") and not inputs.tokenizer.cased:
-        print(f"mincse.py: NOTICE: --positives {inputs.config.positives} is off: to the uncased "
-              f"tokenizer of {inputs.config.encoder} both cases are the same", file=sys.stderr)
+    announce(inputs)
     if options["dry_run"]:
         return print(dry_run(inputs))
     folder = Path(inputs.config.out) if inputs.config.out else runs.default_folder(inputs.config)

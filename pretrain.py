@@ -327,6 +327,7 @@ def log_line(job: Job, log: runs.Log, step: int, *, scored: bool) -> str:
     """One object for metrics.jsonl; in short for the screen."""
     with log.paused():
         scores = held_out(job.lm, job.held_out) if scored else {}
+    check_sound(step, scores.get("held_out_loss", 0.0))           # the last update may break it
     row = log.line(step, scores | {"tokens": step * job.config.batch_size * job.config.max_tokens,
                                    "seconds": job.lm.seconds.item()})
     return ", ".join(f"{name} {row[name]:.3f}" for name in ("loss", *scores))
@@ -444,6 +445,7 @@ def validate(given: dict) -> Config:
     broken += [(name, "0 or more") for name in from_0 if not getattr(config, name) >= 0]
     broken += [(name, "below 1") for name in ("mask_rate", "dropout")
                if not 0 <= getattr(config, name) < 1]
+    broken += settings.not_finite(vars(config))
     if not 8 <= config.max_tokens <= POSITIONS:
         broken.append(("max_tokens", f"8 to {POSITIONS}"))
     if config.heads > 0 and config.width % config.heads:

@@ -122,6 +122,8 @@ def claim(folder: Path, config: Config, sources: dict, before: dict | None, *, r
 
     Refuses a folder that holds another run or something else altogether.
     """
+    if folder.is_file():
+        raise ValueError(f"--out {folder}: expected a folder, found a file: choose another name")
     # Killed as it began, a run left nothing but half of its first file.
     held = folder.is_dir() and any(path.name != "args.json.tmp" for path in folder.iterdir())
     if held and not (folder / "args.json").is_file():

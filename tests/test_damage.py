@@ -346,7 +346,7 @@ def test_a_damaged_log_loses_its_damaged_lines_only(content, resumable, program)
 
 
 def test_a_run_folder_that_is_a_file_is_refused(refused, written, tmp_path):
-    assert "File exists" in refused(code=2, out=written("run", b"a file"))
+    assert "expected a folder, found a file" in refused(code=2, out=written("run", b"a file"))
 
 
 # ---- an archive -----------------------------------------------------------------------------

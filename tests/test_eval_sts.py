@@ -100,9 +100,11 @@ def test_doc_twins_counts_who_is_found_first_and_how_far_down():
     assert result.scores["mrr"] == pytest.approx(100 * (1 + 1 + 1 / 3) / 3, abs=1e-4)
 
 
-def test_an_encoder_that_maps_all_to_one_point_finds_nobody():
-    found = TwinTest(TWINS).score(lambda sentences: torch.ones(len(sentences), 2))
+@pytest.mark.parametrize("everywhere", [1., math.nan])
+def test_an_encoder_that_maps_all_to_one_point_or_to_none_finds_everybody_last(everywhere):
+    found = TwinTest(TWINS).score(lambda sentences: torch.full((len(sentences), 2), everywhere))
     assert found.scores["acc@1"] == 0
+    assert found.scores["mrr"] == pytest.approx(100 / 3, abs=1e-4)
 
 
 # ---- Files ----------------------------------------------------------------------------------

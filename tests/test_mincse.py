@@ -423,6 +423,7 @@ def half_the_vocabulary(content):
     (["--threads", "-1"], 2, "--threads: expected 0 or more, found -1"),
     (["--max-tokens", "600"], 2, "--max-tokens: expected 3 to 512"),
     (["--pooling", "max"], 2, "invalid choice: 'max'"),
+    (["--seeds", "0-1", "--seed", "3"], 2, "--seed and --seeds both say which runs"),
     (["--seeds", "4-0"], 2, "invalid seed_range value: '4-0'"),
     (["--test", "sst"], 3, "a test called docs, stsb or sts, or a .tsv file, found 'sst'"),
     (["--mlm-weight", "0.1"], 3, "expected a masked-LM head"),

@@ -257,6 +257,12 @@ def test_simcse_trains_from_the_folder(trained, sentences, pairs, tmp_path):
     assert folders.load(tmp_path / "run").pooling == "cls"
 
 
+def test_an_encoder_that_the_last_update_broke_is_not_saved(program, tmp_path):
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1: try a lower"):
+        program(steps=1, learning_rate=1e30)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 @pytest.fixture
 def stops(program, stopped):
     """stops(at, ...): runs it, and a SIGINT comes when that step of the session is taken."""
@@ -354,6 +360,7 @@ def test_a_roberta_goes_on_under_its_own_names(trained, program, tmp_path):
     ({"width": 512, "heads": 4}, 3, "--init svd: expected more than --width 512 word pieces"),
     ({"width": 33}, 2, "--width: expected a multiple of --heads, 2, found 33"),
     ({"steps": 0}, 2, "--steps: expected above 0, found 0"),
+    ({"learning_rate": math.inf}, 2, "--learning-rate: expected a finite number, found inf"),
     ({"mask_rate": 1.0}, 2, "--mask-rate: expected below 1, found 1.0"),
     ({"max_tokens": 1000}, 2, "--max-tokens: expected 8 to 512, found 1000"),
     ({"minutes": 1}, 2, "--steps and --minutes both say how long the run is"),
