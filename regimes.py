@@ -243,7 +243,7 @@ def continual(job, train_stage: Callable, *, first: int) -> Iterator[dict]:
     tasks, probes = tasks_of([inputs.corpus, *inputs.later])
     test = Probes(probes | {"test": inputs.test})
     # The same budget for all, or a large corpus would count for more.
-    steps = config.steps or config.epochs * min(map(len, tasks)) // config.batch_size
+    steps = config.steps or config.epochs * (min(map(len, tasks)) // config.batch_size)
     if config.order == "together":
         tasks, steps = [union(tasks)], steps * len(tasks)
     for number in range(first, len(tasks) + 1):
