@@ -167,6 +167,12 @@ def test_the_table_of_both_pages_is_made_from_the_records_in_results(page):
     assert table in (ROOT / page).read_text(encoding="utf-8")
 
 
+def test_the_table_of_the_weaker_start_is_made_from_the_records_in_results():
+    groups = report.groups_of(report.find_runs([ROOT / "results" / "stand-in"]))
+    table = report.as_markdown(groups, groups[0]).split("\n\n")[0]
+    assert table in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+
+
 def test_the_table_of_ablations_is_made_from_the_records_in_results():
     study = [ROOT / "results" / "study" / name
              for name in ("cards", "debcse", "diffcse", "ifnd", "kdmcse", "sscl", "twins")]
