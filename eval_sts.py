@@ -380,8 +380,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", choices=STSB, help="of stsb [test]")
     parser.add_argument("--data", type=Path, help="folder with senteval/ (or MINCSE_DATA)")
     parser.add_argument("--pooling", choices=POOLINGS, help="instead of the folder's own")
-    parser.add_argument("--max-tokens", type=count,
-                        help="cut longer sentences [the folder's limit]")
+    parser.add_argument("--max-tokens", type=int, help="cut longer sentences [the folder's limit]")
     parser.add_argument("--batch-size", type=count, default=64, help="[64]")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="[fp32]")
@@ -391,7 +390,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="how alike tokens and neighbouring layers are, layer by layer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
     args = parser.parse_args(argv)
-    if args.max_tokens and args.max_tokens < 3:
+    if args.max_tokens is not None and args.max_tokens < 3:
         parser.error("--max-tokens must be at least 3: [CLS], a word and [SEP]")
     return args
 

@@ -468,7 +468,7 @@ def main(argv: list[str] | None = None) -> None:
     options = {name: given.pop(name, False) for name in settings.OPTIONS}
     if options["list"]:
         return print(settings.listing())
-    if given.get("threads", 0) > 0:
+    if given.get("threads", 0) > 0:                               # less is refused below
         torch.set_num_threads(given["threads"])
     seeds = given.pop("seeds", None)
     with exits(2):
