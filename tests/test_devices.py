@@ -75,6 +75,10 @@ def apart(a, b):
         x.abs().max().item() for x in a.values())
 
 
+# Sums of a few hundred numbers in another order differ by some units of the last place.
+ROUNDING = 16 * torch.finfo(torch.float32).eps
+
+
 def same(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -93,10 +97,12 @@ def test_pieces_have_the_gradient_of_one_graph_with_the_same_dropout(given, monk
 
 @pytest.mark.parametrize("flags", KINDS, ids=str)
 def test_without_dropout_pieces_have_the_gradient_of_the_whole_batch(given, flags):
-    usual = flags | {"dropout": 0., "pooling": "mean"}            # random [CLS] vectors are equal
+    """In float32: bfloat16 rounds a product of 3 rows otherwise than one of 8."""
+    usual = flags | {"dropout": 0., "precision": "fp32",
+                     "pooling": "mean"}                           # random [CLS] vectors are equal
     found, _, loss = gradients(given(**usual, micro_batch=3))
     expected, _, expected_loss = gradients(given(**usual))
-    assert apart(found, expected) < 1e-6 and loss.item() == pytest.approx(expected_loss.item())
+    assert apart(found, expected) < ROUNDING and loss.item() == pytest.approx(expected_loss.item())
 
 
 def test_each_piece_is_encoded_twice_once_without_a_graph(given):
@@ -154,7 +160,8 @@ ALL_METHODS = """
 def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(given, tmp_path):
     """With dropout, against pieces of the same rows; and both remember the same, to the bit."""
     kinds = [flags for flags in KINDS if flags != {"method": "pnr"}]   # which is one process
-    asked = {str(flags): given(**flags) for flags in kinds} | {"smaller": given(micro_batch=3)}
+    asked = {str(flags): given(**flags, precision="fp32") for flags in kinds}
+    asked["smaller"] = given(micro_batch=3, precision="fp32")
     flags, script, out = tmp_path / "flags.json", tmp_path / "all.py", tmp_path / "found"
     flags.write_text(json.dumps(asked))
     script.write_text(textwrap.dedent(ALL_METHODS).format(
@@ -165,7 +172,7 @@ def test_two_processes_have_the_gradient_of_one_with_the_whole_batch(given, tmp_
     for name, settings in asked.items():
         alone = gradients(settings | {"micro_batch": 4})
         if name != "smaller":                                     # 3 + 1 rows, not 4: other dropout
-            assert apart(first[name][0], alone[0]) < 1e-6, name
+            assert apart(first[name][0], alone[0]) < ROUNDING, name
             assert first[name][2].item() == pytest.approx(alone[2].item()), name
         same(first[name], second[name])
 
