@@ -3,7 +3,6 @@ How good is it? Semantic textual similarity, and the shape of the embedding spac
 
     python eval_sts.py runs/mine                              # a folder, a Hub id, or mini
     python eval_sts.py bert-base-uncased --pooling first-last --verbose --json scores.json
-    python eval_sts.py runs/mine --test stsb --oversmoothing  # how alike tokens and layers are
 
 Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). A test has
 `score(encode)` and comes from `read_test`: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the
@@ -18,9 +17,7 @@ SimCSE's code.
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,9 +27,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data as corpora
-from docs import doc_twins
-from folders import check_vocabulary, load
-from losses import alignment, cosine, token_similarity, uniformity
+from engine import hub
+from engine.docs import doc_twins
+from engine.encoders import check_vocabulary, load
+from engine.flags import count, exits, pick_device
+from engine.tables import plain, scores_text
+from engine.texts import read_lines
+from losses import alignment, cosine, uniformity
 from model import POOLINGS, SentenceEncoder, encode
 
 Pair = tuple[str, str, float]                       # sentence, sentence, human score
@@ -63,7 +64,7 @@ def lines_of(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected a file of scored pairs, found "
                                 f"{'a folder' if path.is_dir() else 'nothing'} there")
-    return [line.removesuffix("\n") for line in corpora.read_lines(path)]
+    return [line.removesuffix("\n") for line in read_lines(path)]
 
 
 def pair_at(place: str, left: str, right: str, score: str) -> Pair:
@@ -158,6 +159,12 @@ class Result:
     pairs: dict[str, int] = field(default_factory=dict)
     geometry: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @classmethod
+    def before(cls, results: dict) -> "Result":
+        """What a run found before its first step, from its results.json."""
+        return cls(results["before"], mean=results["before_mean"],
+                   geometry=results["geometry_before"])
+
 
 @dataclass(frozen=True)
 class StsTest:
@@ -191,14 +198,14 @@ class StsTest:
                       for name, pairs in self.geometry_of.items()})
 
 
-def likeness(subsets: dict[str, list[Pair]], sides: Sides) -> dict[str, list[float]]:
+def pair_cosines(subsets: dict[str, list[Pair]], sides: Sides) -> dict[str, list[float]]:
     """The cosine of every pair, subset by subset."""
     return {name: F.cosine_similarity(*sides(pairs)).tolist() for name, pairs in subsets.items()}
 
 
 def score_task(subsets: dict[str, list[Pair]], sides: Sides) -> tuple[float, dict[str, float]]:
     """("all" score of the task, score of each of its subsets)."""
-    predicted = likeness(subsets, sides)
+    predicted = pair_cosines(subsets, sides)
     gold = {name: [score for _, _, score in pairs] for name, pairs in subsets.items()}
     every = spearman(sum(predicted.values(), []), sum(gold.values(), []))
     return every, {name: spearman(predicted[name], gold[name]) for name in subsets}
@@ -209,8 +216,8 @@ def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]
 
     SimCSE, section 2 and footnote 3; `left` and `right` are (P, D).
     """
-    alike = torch.tensor([score > 4 for _, _, score in pairs])
-    return {"alignment": alignment(left[alike], right[alike]).item() if alike.any() else math.nan,
+    same = torch.tensor([score > 4 for _, _, score in pairs])
+    return {"alignment": alignment(left[same], right[same]).item() if same.any() else math.nan,
             "uniformity": uniformity(torch.cat([left, right])).item()}
 
 
@@ -226,10 +233,10 @@ class TwinTest:
     def score(self, encode: Encode) -> Result:
         """acc@1: found first, in percent. mrr: 100 x the mean of 1 / rank."""
         _, ours, theirs = zip(*self.twins)
-        likeness = cosine(*encode(ours + theirs).chunk(2))        # (N, N)
-        own = likeness.diagonal()[:, None]                        # (N, 1)
+        similarity = cosine(*encode(ours + theirs).chunk(2))        # (N, N)
+        own = similarity.diagonal()[:, None]                        # (N, 1)
         # A tie counts against the encoder, or a collapsed one would find all of them; so does NaN.
-        rank = (~(likeness < own)).sum(dim=1).float()             # (N,), 1 is best
+        rank = (~(similarity < own)).sum(dim=1).float()             # (N,), 1 is best
         first = 100 * (rank == 1).float().mean().item()
         return Result(scores={"acc@1": first, "mrr": 100 * (1 / rank).mean().item(), "avg": first},
                       pairs={"doc twins": len(self.twins)})
@@ -249,7 +256,7 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
     if name not in ("stsb", "sts"):
         raise ValueError(f"expected a test called docs, stsb or sts, or a .tsv file, "
                          f"found {name!r}")
-    senteval = corpora.senteval_folder(data)
+    senteval = hub.senteval_folder(data)
     if name == "stsb":
         pairs = read_stsb(senteval, split)
         return StsTest({"STS-B": {split: pairs}}, {f"STS-B {split}": pairs})
@@ -258,103 +265,7 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
                    {"STS-B test": read_stsb(senteval, "test"), "STS-B whole": whole})
 
 
-@torch.no_grad()
-def oversmoothing(model: SentenceEncoder, tokenizer: corpora.Tokenizer, texts: Sequence[str], *,
-                  batch_size: int = 64, max_tokens: int | None = None) -> list[dict[str, float]]:
-    """TokSim and SetSim of the embeddings and of every layer: near 1 where little is told apart.
-
-    TokSim: cosine of two tokens of a sentence, all pairs, [CLS] and [SEP] included. SetSim: of a
-    sentence's vector with that from the layer below, without the head. Means over the sentences.
-    Chen et al. 2023 (SSCL), eqs. 1 and 2; theirs are over the STS-B test set.
-    """
-    model.eval()
-    pool = POOLINGS["cls" if model.pooling == "cls" else "mean"]  # others mix layers
-    texts = sorted(texts, key=len)
-    tokens, sets = [], []
-    for start in range(0, len(texts), batch_size):
-        ids, mask = tokenizer(texts[start : start + batch_size],
-                              max_tokens=max_tokens or model.max_tokens)
-        mask = mask.to(model.encoder.words.weight.device)
-        hidden = model.encoder(ids.to(mask.device), mask)         # L + 1 x (B, T, D)
-        tokens.append(torch.stack([token_similarity(x, mask) for x in hidden], dim=1))
-        x = torch.stack([pool([x], mask) for x in hidden], dim=1)                   # (B, L + 1, D)
-        sets.append(F.cosine_similarity(x[:, 1:], x[:, :-1], dim=-1))               # (B, L)
-    tokens, sets = (torch.cat(parts).nanmean(dim=0).tolist() for parts in (tokens, sets))
-    return [{"TokSim": a, "SetSim": b} for a, b in zip(tokens, [math.nan, *sets])]
-
-
-# ---- showing --------------------------------------------------------------------------------
-
-def table(rows: dict[str, dict[str, float]], *, digits: int = 2) -> str:
-    """Markdown: one row per name, one column per task, and the average of several tasks."""
-    tasks = list(next(iter(rows.values())))
-    tasks = tasks if len(tasks) > 3 else [task for task in tasks if task != "avg"]
-    return markdown([["", *tasks], *([name, *(f"{row[task]:.{digits}f}" for task in tasks)]
-                                     for name, row in rows.items())])
-
-
-def markdown(lines: list[list[str]], *, first=str.rjust) -> str:
-    """Cells as a Markdown table, the first line being its head; `first` justifies the names."""
-    lines = [lines[0], ["---", *("--:" for _ in lines[0][1:])], *lines[1:]]
-    width = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("| " + " | ".join([first(line[0], width[0]), *(
-        cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]) + " |" for line in lines)
-
-
-def report(result: Result, *, verbose: bool = False) -> str:
-    """The result as Markdown."""
-    rows = {"all": result.scores} | ({"mean": result.mean} if result.mean else {})
-    parts = [table(rows if result.mean else {"doc twins": result.scores})]
-    if verbose:
-        parts += [f"{task}\n\n" + table({"rho": subsets})
-                  for task, subsets in result.subsets.items()]
-    parts += [f"alignment {shape['alignment']:.3f}, uniformity {shape['uniformity']:.3f} on {name}"
-              for name, shape in result.geometry.items()]
-    return "\n\n".join(parts)
-
-
-def layer_table(layers: list[dict[str, float]]) -> str:
-    """Over-smoothing as Markdown; the embeddings have no layer below."""
-    rows = [f"| {name:>10} | {row['TokSim']:6.3f} | "
-            + (f"{row['SetSim']:6.3f} |" if math.isfinite(row["SetSim"]) else "     - |")
-            for name, row in zip(["embeddings", *range(1, len(layers))], layers)]
-    head = ["|      layer | TokSim | SetSim |", "| ---------: | -----: | -----: |"]
-    return "\n".join(head + rows)
-
-
-def plain(value):
-    """JSON has no NaN or infinity: a figure that could not be computed is null there."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # ---- the program ----------------------------------------------------------------------------
-
-@contextmanager
-def exits(code: int):
-    """What is wrong with the input goes to stderr in one sentence, and the program ends."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        raise SystemExit(code) from None
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto`: the first accelerator that is there. Anything else: a name that torch knows."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {name}: this machine or this build of torch has none; "
-                         "use --device auto or cpu") from None
-    return torch.device(name)
-
 
 def open_encoder(folder: Path, *, pooling: str | None = None
                  ) -> tuple[SentenceEncoder, corpora.Tokenizer]:
@@ -363,14 +274,6 @@ def open_encoder(folder: Path, *, pooling: str | None = None
     tokenizer = corpora.Tokenizer.read(folder)
     check_vocabulary(model.config, tokenizer.whole.get_vocab().values())
     return model, tokenizer
-
-
-def count(text: str) -> int:
-    """An argument of which there must be one, at least."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, found {text}")
-    return value
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -386,9 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="[fp32]")
     parser.add_argument("--threads", type=count, default=0, help="processor threads [all]")
     parser.add_argument("--verbose", action="store_true", help="every subset of every task")
-    parser.add_argument("--oversmoothing", action="store_true",
-                        help="how alike tokens and neighbouring layers are, layer by layer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="file for all scores")
     args = parser.parse_args(argv)
     if args.max_tokens is not None and args.max_tokens < 3:
         parser.error("--max-tokens must be at least 3: [CLS], a word and [SEP]")
@@ -403,22 +304,16 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.device)
     with exits(3):
         test = read_test(args.test, args.data, split=args.split)
-        model, tokenizer = open_encoder(corpora.encoder_folder(args.encoder),
+        model, tokenizer = open_encoder(hub.encoder_folder(args.encoder),
                                         pooling=args.pooling)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     result = test.score(partial(encode, model.to(device), tokenizer, batch_size=args.batch_size,
                                 max_tokens=args.max_tokens, precision=precision))
     print(f"{args.encoder}: {model.pooling} pooling, {args.max_tokens or model.max_tokens} tokens "
-          f"at most, {args.precision}\n\n{report(result, verbose=args.verbose)}")
-    found = asdict(result)
-    if args.oversmoothing:
-        found["oversmoothing"] = oversmoothing(model, tokenizer, test.texts(),
-                                               batch_size=args.batch_size,
-                                               max_tokens=args.max_tokens)
-        print(f"\n{layer_table(found['oversmoothing'])}")
+          f"at most, {args.precision}\n\n{scores_text(result, verbose=args.verbose)}")
     if args.json:
         with exits(2):
-            args.json.write_text(json.dumps(plain(found), indent=1) + "\n")
+            args.json.write_text(json.dumps(plain(asdict(result)), indent=1) + "\n")
 
 
 if __name__ == "__main__":

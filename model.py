@@ -8,8 +8,8 @@ What encodes a sentence? BERT and RoBERTa in plain PyTorch, poolings and heads.
 
 BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) compute the same; only their positions
 start at different numbers.
-Not here: how weights come in and go out (folders.py), tokenizing and downloading (data.py), what
-the vectors are trained for (losses.py).
+Not here: how weights come in and go out (engine/encoders.py), texts and tokens (data.py), what the
+vectors are trained for (losses.py).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,10 +26,7 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """The numbers that make an encoder; the defaults are BERT's, for config.json leaves some out.
-
-    `SETTINGS` in folders.py has their names there.
-    """
+    """The numbers that make an encoder; the defaults are BERT's, as config.json may lack some."""
 
     model_type: str                                               # "bert" or "roberta"
     vocab_size: int
@@ -65,7 +62,7 @@ def initialize(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The R real tokens of a batch in one block: all but attention is spared the padding.
+    """The R real tokens of a batch in one block: only attention computes on padding.
 
     Of a batch cut at 32 tokens a fifth is padding on Wikipedia.
     """
@@ -224,18 +221,6 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:                       # (B, D) -> (B, D)
         return super().forward(x).tanh()
-
-
-class Projector(nn.Sequential):
-    """The head of DiffCSE: two linear maps with batch normalization, which needs no bias.
-
-    Chuang et al. 2022, appendix A.1. The means are those of all views of a batch together.
-    """
-
-    def __init__(self, width: int):
-        super().__init__(nn.Linear(width, 2 * width, bias=False), nn.BatchNorm1d(2 * width),
-                         nn.ReLU(), nn.Linear(2 * width, width, bias=False),
-                         nn.BatchNorm1d(width, affine=False))
 
 
 class SentenceEncoder(nn.Module):

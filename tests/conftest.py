@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def make_tiny(folder: Path) -> Path:
-    from folders import read_config, save
+    from engine.encoders import read_config, save
     from model import Encoder, SentenceEncoder
     shutil.copytree(ROOT / "mini", folder)
     settings = json.loads((folder / "config.json").read_text())
@@ -37,7 +37,8 @@ def tiny(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def lm(tiny, tmp_path_factory):
     """The tiny encoder with a masked-LM head beside it: what a pre-trained folder looks like."""
-    from folders import MASKED_LM, load, read, translate, write
+    from engine.encoders import MASKED_LM, load, read, translate
+    from engine.files import write
     from model import MaskedLMHead
     folder = tmp_path_factory.mktemp("encoders") / "lm"
     shutil.copytree(tiny, folder)
@@ -83,6 +84,39 @@ def sentences(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def corpora(tmp_path_factory) -> dict:
+    """48 rows of one, two and three columns, the sentences in documents of six; and 48 later ones."""
+    folder = tmp_path_factory.mktemp("corpora")
+    who, does = ["dog", "cat", "owl", "elk", "bee", "cow", "ant", "fox"], [
+        "runs home by night", "sees us and him", "eats bread with milk", "reads two books here",
+        "sings well for me", "digs all day long"]
+    columns = [[f"{word} {a} {b}." for a in who for b in does] for word in ("the", "an old", "no")]
+    documents = [columns[0][row : row + 6] for row in range(0, 48, 6)]
+    (folder / "1.txt").write_text("\n\n".join("\n".join(lines) for lines in documents) + "\n")
+    for width in (2, 3):
+        (folder / f"{width}.tsv").write_text("".join(map("{}\n".format, map(
+            "\t".join, zip(*columns[:width])))))
+    (folder / "later.txt").write_text("".join(f"later {text}\n" for text in columns[0]))
+    return {1: folder / "1.txt", 2: folder / "2.tsv", 3: folder / "3.tsv",
+            "later": folder / "later.txt"}
+
+
+@pytest.fixture(scope="session")
+def given(lm, tiny, corpora, pairs):
+    """given(method, ...) -> settings with which a paper runs on toys, as its page says."""
+    from papers import METHODS
+
+    def settings(method="simcse", *, columns=0, **more) -> dict:
+        page = METHODS[method]
+        corpus = str(corpora[columns or page.columns_taken[0]])
+        found = {"method": method, "encoder": str(lm), "test": str(pairs), "batch_size": 8,
+                 "steps": 4, "corpus": [corpus, str(corpora["later"])] if page.in_turn else corpus}
+        teacher = {"teacher": str(tiny)} if "teacher" in page.toy else {}
+        return found | page.toy | teacher | more
+    return settings
+
+
+@pytest.fixture(scope="session")
 def pairs(tmp_path_factory) -> Path:
     """A test of four scored pairs."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.tsv"
@@ -110,10 +144,10 @@ def program(tiny, sentences, pairs, tmp_path, monkeypatch):
 @pytest.fixture
 def stopped(monkeypatch):
     """stopped(step, run, ...): runs it, and a SIGINT comes when that step has been taken."""
-    import runs
+    from engine import run_folder
 
     def stop(step, run, *flags, **settings) -> int:
-        add, taken = runs.Log.add, []
+        add, taken = run_folder.Log.add, []
 
         def add_and_stop(log, loss, **facts):
             taken.append(loss)
@@ -121,7 +155,28 @@ def stopped(monkeypatch):
                 signal.raise_signal(signal.SIGINT)
             add(log, loss, **facts)
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-            patch.setattr(runs.Log, "add", add_and_stop)
+            patch.setattr(run_folder.Log, "add", add_and_stop)
+            run(*flags, **settings)
+        return ended.value.code
+    return stop
+
+
+@pytest.fixture
+def stopped_in_turn(monkeypatch):
+    """The same for a paper with a loop of its own around `train`: the steps of all turns count."""
+    import mincse
+
+    def stop(step, run, *flags, **settings) -> int:
+        train, taken = mincse.train, []
+
+        def train_and_stop(*arguments, **more):
+            for found in train(*arguments, **more):
+                taken.append(found)
+                if len(taken) == step:
+                    signal.raise_signal(signal.SIGINT)
+                yield found
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(mincse, "train", train_and_stop)
             run(*flags, **settings)
         return ended.value.code
     return stop

@@ -33,7 +33,7 @@ import mincse                                                     # noqa: E402
 from conftest import make_tiny                                    # noqa: E402
 from data import Tokenizer                                        # noqa: E402
 from eval_sts import read_test                                    # noqa: E402
-from folders import load                                          # noqa: E402
+from engine.encoders import load                                  # noqa: E402
 from model import encode                                          # noqa: E402
 
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
@@ -66,7 +66,7 @@ def be_the_program(argv: list[str], out: Path, change: int) -> None:
         sys.argv = ["mincse.py", *argv]
         if change:
             sys.addaudithook(partial(kill_before, [change], str(out)))
-        code = mincse.program()
+        code = mincse.program(mincse.main)
     except SystemExit as ended:
         code = ended.code
     except BaseException:

@@ -2,8 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,30 +10,33 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import Config, resolve, validate
-from folders import load
+from data import Corpus
+from engine.encoders import load
 from losses import info_nce, many_positives
-from methods import CoreTuning, Encoded
-from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder
-from positives import HardPairs, hard_pairs, mix
+from papers import check
+from papers.core_tuning import Config, CoreTuning, choose, harder, labels, mix
+from papers.settings import resolve
+from papers.simcse import Encoded, SimCSE
+
+SHAPE = EncoderConfig("bert", 7, 4, 1, 1, 5)                      # of width 4
+ALONE = torch.eye(8, dtype=torch.bool)                            # every row is its own group
+GROUPS = ["a", "b", "A ", "c", "b", "a", "d", "e"]                # 0, 2, 5 and 1, 4 belong together
+SAME = torch.tensor([[a.strip().lower() == b.strip().lower() for b in GROUPS] for a in GROUPS])
 
 
-@dataclass(frozen=True)
-class Texts:
-    columns: list[list[str]]
+def corpus_of(columns, premises=GROUPS):
+    return Corpus("nli", [premises] * columns, None, "", 0)
 
 
-def method(premises=None, columns=3, width=4, identity=True, **settings):
+def build(columns=3, premises=GROUPS, identity=True, **settings):
     """Core-tuning whose head is the identity, on an encoder that never runs."""
-    premises = premises or [f"premise {i}" for i in range(8)]
-    model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, width, 1, 1, 5)), pooling="cls")
-    config = replace(Config(method="core-tuning"), **settings)
+    model = SentenceEncoder(Encoder(SHAPE), pooling="cls")
     torch.manual_seed(0)
-    found = CoreTuning(Texts([premises] * columns), config, model=model).double()
+    method = CoreTuning(corpus_of(columns, premises), Config(**settings), model=model).double()
     if identity:
-        found.project = nn.Identity()
-    return found
+        method.project = nn.Identity()
+    return method
 
 
 def batch(V=3, B=8, D=4, seed=0):
@@ -42,53 +44,54 @@ def batch(V=3, B=8, D=4, seed=0):
     return [torch.randn(B, D).double().requires_grad_() for _ in range(V)]
 
 
-def loss_of(built, columns, step=1):
-    return built.loss(Encoded(columns, step, 9, torch.arange(len(columns[0]))))
+def loss_of(method, columns, step=1):
+    return method.loss(Encoded(columns, step, 9, torch.arange(len(columns[0]))))
 
 
-CONTRAST = dict(classifier_weight=0.)
-PLAIN = dict(mixing="none", focus=0., **CONTRAST)
+def given(*columns):
+    return list(zip(columns, labels(columns[0])))
 
 
-# ---- the loss -------------------------------------------------------------------------------
+# ---- the contrastive loss -------------------------------------------------------------------
 
-U, V = torch.eye(2).double(), torch.tensor([[.8, .6], [.6, .8]]).double()
-
-
-def worked(**settings):
-    built = method(["a", "b"], columns=2, width=2, temperature=.5, **CONTRAST, **settings)
-    half = torch.tensor([[.5], [.5]]).double()
-    built.draw = lambda *_: HardPairs(torch.tensor([0, 1]), torch.tensor([1, 0]),
-                                      torch.tensor([1, 0]), half, half + .3)
-    return loss_of(built, [U, V]).item()
+class Draws:
+    """A random source that was told what to draw."""
+    def __init__(self, chance, shares):
+        self.random, self.beta = lambda shape: chance, lambda a, b, shape: shares
 
 
 def test_the_worked_example():
-    half, most = torch.tensor([[.5]]).double(), torch.tensor([[.8]]).double()
-    positive, negative = mix(V, V.flip(0), half), mix(V.flip(0), U, most)
+    """Both anchors have one positive, one negative and one stranger; the shares are .5 and .8."""
+    U, V = torch.eye(2).double(), torch.tensor([[.8, .6], [.6, .8]]).double()
+    alone, half = ALONE[:2, :2], Draws(np.full((2, 2), .5), np.full((2, 2, 1), .5))
+    _, mixed = harder(U, given(V), alone, alpha=1., rng=half)
+    (positive, _), (negative, _) = mixed
     assert torch.allclose(positive, torch.tensor([[.7, .7], [.7, .7]]).double())
     assert torch.allclose(negative, torch.tensor([[.68, .64], [.64, .68]]).double())
     cosines = F.cosine_similarity(U[:1], torch.cat([V, positive, negative]))
     assert cosines.tolist() == pytest.approx([.8, .6, .707107, .707107, .728200, .685365], abs=1e-6)
-    assert worked() == pytest.approx(1.390627, abs=1e-6)
-    assert worked(focus=0.) == pytest.approx(1.700844, abs=1e-6)
-    assert worked(mixing="none", focus=0.) == pytest.approx(.513015, abs=1e-6)
-    assert worked(mixing="none") == pytest.approx(.205879, abs=1e-6)
+    for focus, mixes, expected in [(1., mixed, 1.390627), (0., mixed, 1.700844), (0., [], .513015),
+                                   (1., [], .205879)]:
+        method = build(2, temperature=.5, focus=focus)
+        found = method.supervised_contrast(U, given(V), mixes, alone).item()
+        assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_without_mixing_and_focus_it_is_supervised_simcse():
-    anchor, positive, hard = columns = batch()
+    anchor, positive, hard = batch()
+    found = build(focus=0.).supervised_contrast(anchor, given(positive, hard), [], ALONE)
     expected = info_nce(anchor, torch.cat([positive, hard]))
-    assert loss_of(method(**PLAIN), columns).item() == pytest.approx(expected.item(), abs=1e-6)
+    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_focus_of_one_weighs_every_pair_by_what_is_missing_and_so_lowers_the_loss():
-    anchor, positive = columns = batch(V=2)
+    anchor, positive = batch(V=2)
     p = (F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).mT / .05).softmax(dim=1)
     p = p.diagonal()
-    found = loss_of(method(columns=2, mixing="none", **CONTRAST), columns)
+    found, plain = (build(2, focus=focus).supervised_contrast(anchor, given(positive), [], ALONE)
+                    for focus in (1., 0.))
     assert found.item() == pytest.approx((-(1 - p) * p.log()).mean().item())
-    assert found <= loss_of(method(columns=2, **PLAIN), columns)
+    assert found <= plain
 
 
 def test_the_slope_of_the_focal_loss():
@@ -109,232 +112,172 @@ def test_what_is_taken_out_and_what_is_known_leave_no_nan(focus):
     assert loss.isfinite() and logits.grad.isfinite().all()
 
 
-GROUPS = ["a", "b", "A ", "c", "b", "a", "d", "e"]                # 0, 2, 5 and 1, 4 belong together
+def drawn(u, x):
+    """Rows and shares of step 1: positive, negative, stranger; of the positive, of the stranger."""
+    rng = np.random.default_rng([42, 1])
+    rows = [row.tolist() for row in choose(u, x, SAME, rng)]
+    shares = rng.beta(2, 2, (2, 8))
+    return *rows, shares[0].tolist(), shares[1].clip(.8).tolist()
+
+
+def same_with_gradients(found, expected, columns):
+    torch.testing.assert_close([found, *torch.autograd.grad(found, columns, retain_graph=True)],
+                               [expected, *torch.autograd.grad(expected, columns)])
 
 
 def test_the_loss_over_groups_is_the_slow_one():
-    columns = batch()
-    built = method(GROUPS, **CONTRAST)
-    u, v, w = columns
-    same = torch.tensor([[a.strip().lower() == b.strip().lower() for b in GROUPS] for a in GROUPS])
-    pairs = built.draw(u, torch.cat([v, w]), same, 1)
+    u, v, w = columns = batch()
     x = torch.cat([v, w])
+    positive, negative, stranger, share, most = drawn(u, x)
     total = 0
     for i in range(8):
-        terms, positives = [], []
-        for j in range(16):
-            if j < 8 and same[i, j]:
-                positives.append(len(terms))
-            terms.append(x[j])
+        terms, positives = list(x), [j for j in range(8) if SAME[i, j]]
         for j in range(8):
             if j == i:
                 positives.append(len(terms))
-            if j == i or not same[i, j]:                          # a mate's f+ is not in the sum
-                terms.append(pairs.of_positive[j] * v[pairs.positive[j]]
-                             + (1 - pairs.of_positive[j]) * x[pairs.negative[j]])
-        for j in range(8):
-            terms.append((1 - pairs.of_stranger[j]) * u[j]
-                         + pairs.of_stranger[j] * x[pairs.stranger[j]])
+            if j == i or not SAME[i, j]:                          # else not in the sum
+                terms.append(share[j] * v[positive[j]] + (1 - share[j]) * x[negative[j]])
+        terms += [(1 - most[j]) * u[j] + most[j] * x[stranger[j]] for j in range(8)]
         scores = torch.stack([F.cosine_similarity(u[i], term, dim=0) / .05 for term in terms])
         p = scores.softmax(dim=0)[positives]
         total += (-(1 - p) * p.log()).mean() / 8
-    assert loss_of(built, columns).item() == pytest.approx(total.item())
-
-
-@pytest.mark.parametrize("mixing, extra", [("none", 0), ("positives", 8), ("negatives", 8),
-                                           ("both", 16)])
-def test_each_kind_of_mixing_can_be_left_out(mixing, extra, monkeypatch):
-    import methods
-    seen = []
-    monkeypatch.setattr(methods, "many_positives",
-                        lambda logits, *_, **__: seen.append(logits.shape) or logits.sum())
-    loss_of(method(mixing=mixing, **CONTRAST), batch())
-    assert seen == [(8, 16 + extra)]
-
-
-# ---- what is mixed --------------------------------------------------------------------------
-
-def drawn(same, copies=2, B=8, D=4, alpha=1., seed=0, positive=False):
-    torch.manual_seed(seed)
-    anchor, candidates = torch.randn(B, D).double(), torch.randn(copies * B, D).double()
-    if positive:
-        anchor, candidates = anchor.abs(), candidates.abs()
-    rng = np.random.default_rng(seed)
-    return anchor, candidates, hard_pairs(anchor, candidates, same, alpha=alpha, rng=rng)
-
-
-@pytest.mark.parametrize("copies", [1, 2])
-@pytest.mark.parametrize("positive", [False, True])
-def test_the_hardest_of_each_kind_are_found_even_where_all_cosines_are_positive(copies, positive):
-    group = [0, 1, 0, 2, 1, 0, 3, 4]
-    same = torch.tensor([[a == b for b in group] for a in group])
-    anchor, candidates, pairs = drawn(same, copies, positive=positive)
-    for i in range(8):
-        cosines = [F.cosine_similarity(anchor[i], c, dim=0).item() for c in candidates]
-        mates = [j for j in range(8) if group[j] == group[i]]
-        others = [j for j in range(8 * copies) if j >= 8 or group[j] != group[i]]
-        assert pairs.positive[i] == min(mates, key=lambda j: cosines[j])
-        assert pairs.negative[i] == max(others, key=lambda j: cosines[j])
-        assert group[pairs.stranger[i] % 8] != group[i]
-
-
-def test_a_stranger_may_be_any_of_another_group():
-    same = torch.eye(3, dtype=torch.bool)
-    seen = {(i, int(j)) for seed in range(200)
-            for i, j in enumerate(drawn(same, B=3, seed=seed)[2].stranger)}
-    assert seen == {(i, j) for i in range(3) for j in range(6) if j % 3 != i}
-
-
-def test_a_share_of_one_is_the_row_itself_to_the_bit():
-    x, other = batch(V=2)
-    one = torch.ones(8, 1).double()
-    assert torch.equal(mix(x, other, one), x) and torch.equal(mix(x, other, 1 - one), other)
-
-
-def test_mixed_negatives_are_strangers_by_four_fifths_at_least():
-    """With a = 1, so uniform draws, four fifths of 10,000 are clipped; positives are not."""
-    alone = torch.eye(500, dtype=torch.bool)
-    draws = [drawn(alone, B=500, seed=seed)[2] for seed in range(20)]
-    shares = torch.cat([pairs.of_stranger for pairs in draws])
-    assert len(shares) == 10_000 and shares.min() == .8
-    assert (shares == .8).double().mean().item() == pytest.approx(.8, abs=.02)
-    shares = torch.cat([pairs.of_positive for pairs in draws])
-    assert shares.mean().item() == pytest.approx(.5, abs=.02) and shares.min() < .01
-
-
-def test_the_draws_are_a_function_of_seed_and_step():
-    built, columns = method(**CONTRAST), batch()
-    first = loss_of(built, columns)
-    torch.rand(3), np.random.rand(3)
-    assert torch.equal(loss_of(built, columns), first)
-    assert not torch.equal(loss_of(built, columns, step=2), first)
-    assert not torch.equal(loss_of(method(seed=1, **CONTRAST), columns), first)
-
-
-def test_a_batch_in_another_order_has_the_same_loss_if_its_draws_move_along():
-    columns, built = batch(), method(GROUPS)
-    pairs = built.draw(columns[0], torch.cat(columns[1:]),
-                       built.group[:, None] == built.group, 1)
-    whole = loss_of(built, columns)
-    order = torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
-    place = torch.cat([order.argsort(), order.argsort() + 8])
-    moved = HardPairs(place[pairs.positive][order], place[pairs.negative][order],
-                      place[pairs.stranger][order], pairs.of_positive[order],
-                      pairs.of_stranger[order])
-    built.draw = lambda *_: moved
-    again = built.loss(Encoded([x[order] for x in columns], 1, 9, order))
-    assert again.item() == pytest.approx(whole.item())
-
-
-@pytest.mark.parametrize("V", [2, 3])
-@pytest.mark.parametrize("mixing", ["both", "none"])
-def test_all_columns_and_parts_learn(V, mixing):
-    built, columns = method(columns=V, identity=False, mixing=mixing), batch(V)
-    loss_of(built, columns).backward()
-    assert all(x.grad.isfinite().all() and (x.grad != 0).any(dim=1).all() for x in columns)
-    assert all(p.grad.any() for p in built.parameters())
-
-
-@pytest.mark.parametrize("V", [2, 3])
-def test_a_batch_of_one_premise_is_not_mixed(V):
-    columns = batch(V)
-    built, plain = (method(["one premise"] * 8, columns=V, mixing=mixing)
-                    for mixing in ("both", "none"))
-    assert torch.equal(loss_of(built, columns), loss_of(plain, columns))
-    assert loss_of(built, columns).isfinite()
+    method = build(classifier_weight=0., mixing_alpha=2.)
+    same_with_gradients(loss_of(method, columns), total, columns)
 
 
 # ---- the classifier -------------------------------------------------------------------------
 
-@pytest.mark.parametrize("V, mixing", [(3, "both"), (3, "none"), (2, "both"), (3, "positives"),
-                                       (3, "negatives")])
-def test_the_classifier_loss_is_the_slow_one(V, mixing):
-    columns = batch(V)
-    built = method(GROUPS, columns=V, contrast_weight=0., mixing=mixing)
-    u, v = columns[:2]
-    x = torch.cat(columns[1:])
-    pairs = built.draw(u, x, built.group[:, None] == built.group, 1)
+@pytest.mark.parametrize("V", [2, 3])
+def test_the_classifier_loss_is_the_slow_one(V):
+    u, v, *w = columns = batch(V, seed=1)
+    x = torch.cat([v, *w])
+    positive, negative, stranger, share, most = drawn(u, x)
     rows = []
     for i in range(8):
-        of_positive, of_stranger = pairs.of_positive[i].item(), pairs.of_stranger[i].item()
-        stranger, hardest = x[pairs.stranger[i]], pairs.negative[i].item()
-        rows += [(u[i], v[i], [1, 0, 0]), (u[i], stranger, [0, 0, 1])]
-        if V == 3:
-            rows.append((u[i], columns[2][i], [0, 1, 0]))
-        if mixing in ("both", "positives"):
-            soft = [of_positive, 0, 0]
-            soft[1 if hardest == 8 + i else 2] = 1 - of_positive
-            rows.append((u[i], of_positive * v[pairs.positive[i]]
-                         + (1 - of_positive) * x[hardest], soft))
-        if mixing in ("both", "negatives"):
-            rows.append((u[i], (1 - of_stranger) * u[i] + of_stranger * stranger,
-                         [1 - of_stranger, 0, of_stranger]))
-    total = 0
+        rows += [(u[i], v[i], [1, 0, 0]), (u[i], x[stranger[i]], [0, 0, 1])]
+        rows += [(u[i], contradicted[i], [0, 1, 0]) for contradicted in w]
+        soft = [share[i], 0, 0]
+        soft[1 if negative[i] == 8 + i else 2] = 1 - share[i]
+        rows += [(u[i], share[i] * v[positive[i]] + (1 - share[i]) * x[negative[i]], soft),
+                 (u[i], (1 - most[i]) * u[i] + most[i] * x[stranger[i]], [1 - most[i], 0, most[i]])]
+    assert V == 2 or any(negative[i] == 8 + i for i in range(8))  # else a label is not tested
+    method, total = build(V, contrast_weight=0., mixing_alpha=2.), 0
     for a, b, label in rows:
-        scores = built.classify.weight @ torch.cat([a, b, (a - b).abs()])
-        log_p = scores.log_softmax(dim=0)
+        log_p = (method.classify.weight @ torch.cat([a, b, (a - b).abs()])).log_softmax(dim=0)
         total -= sum(y * log_p[k] for k, y in enumerate(label)) / len(rows)
-    assert loss_of(built, columns).item() == pytest.approx(total.item())
-    assert built.classify.bias is None
+    same_with_gradients(loss_of(method, columns), total, columns)
+    assert method.classify.bias is None
 
 
 def test_the_two_losses_are_weighed_and_logged():
-    built = method(contrast_weight=.3, classifier_weight=2.)
-    found = loss_of(built, batch()).item()
-    parts = built.logs()
-    assert found == pytest.approx(.3 * parts["contrastive_loss"] + 2 * parts["classifier_loss"])
+    method = build(contrast_weight=.3, classifier_weight=2.)
+    found, log = loss_of(method, batch()).item(), method.logs()
+    assert found == pytest.approx(.3 * log["contrastive_loss"] + 2 * log["classifier_loss"])
+
+
+@pytest.mark.parametrize("V", [2, 3])
+def test_all_columns_and_networks_learn(V):
+    method, columns = build(V, identity=False), batch(V)
+    loss_of(method, columns).backward()
+    assert all(x.grad.isfinite().all() and (x.grad != 0).any(dim=1).all() for x in columns)
+    assert all(p.grad.any() for p in method.parameters())
+
+
+# ---- what is mixed --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("sign", [torch.clone, torch.abs])
+def test_the_hardest_of_each_kind_are_found_even_where_all_cosines_are_positive(copies, sign):
+    anchor, x = (sign(x.detach()) for x in (batch(1)[0], torch.cat(batch(copies, seed=1))))
+    positive, negative, stranger = choose(anchor, x, SAME, np.random.default_rng(0))
+    for i in range(8):
+        cosines = [F.cosine_similarity(anchor[i], c, dim=0).item() for c in x]
+        positives = [j for j in range(8) if SAME[i, j]]
+        negatives = [j for j in range(8 * copies) if j >= 8 or not SAME[i, j]]
+        assert positive[i] == min(positives, key=lambda j: cosines[j])
+        assert negative[i] == max(negatives, key=lambda j: cosines[j])
+        assert not SAME[i, stranger[i] % 8]
+
+
+def test_a_stranger_may_be_any_of_another_group():
+    anchor, x, rng = torch.randn(3, 4), torch.randn(6, 4), np.random.default_rng(0)
+    seen = {(i, int(j)) for _ in range(200)
+            for i, j in enumerate(choose(anchor, x, ALONE[:3, :3], rng)[2])}
+    assert seen == {(i, j) for i in range(3) for j in range(6) if j % 3 != i}
+
+
+def test_a_share_of_one_is_the_row_itself_to_the_bit():
+    a, b = given(*batch(V=2))
+    one = torch.ones(8, 1).double()
+    for share, pairs in ((one, a), (1 - one, b)):
+        vectors, label = mix(a, b, share)
+        assert torch.equal(vectors, pairs[0]) and torch.equal(label, pairs[1].expand(8, 3))
+
+
+def test_mixed_negatives_are_strangers_by_four_fifths_at_least():
+    """With a = 1 draws are uniform: four fifths of 10,000 are raised. A label tells the share."""
+    alone, rng = torch.eye(100, dtype=torch.bool), np.random.default_rng(0)
+    u, v = batch(2, B=100)
+    draws = [harder(u, given(v), alone, alpha=1., rng=rng)[1] for _ in range(100)]
+    shares = torch.cat([label[:, 2] for _, (_, label) in draws])
+    assert len(shares) == 10_000 and shares.min() == .8
+    assert (shares == .8).double().mean().item() == pytest.approx(.8, abs=.02)
+    shares = torch.cat([label[:, 0] for (_, label), _ in draws])
+    assert shares.mean().item() == pytest.approx(.5, abs=.02) and shares.min() < .01
+
+
+def test_the_draws_are_a_function_of_seed_and_step():
+    method, columns = build(), batch()
+    first = loss_of(method, columns)
+    torch.rand(3), np.random.rand(3)
+    assert torch.equal(loss_of(method, columns), first)
+    assert not torch.equal(loss_of(method, columns, step=2), first)
+    assert not torch.equal(loss_of(build(seed=1), columns), first)
+
+
+def test_a_batch_in_another_order_has_the_same_loss_if_its_draws_move_along(monkeypatch):
+    columns, method = batch(), build()
+    whole = loss_of(method, columns)
+    rng, order = np.random.default_rng([42, 1]), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    moved = Draws(rng.random((8, 16))[order][:, torch.cat([order, order + 8])],
+                  rng.beta(1, 1, (2, 8, 1))[:, order])
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: moved)
+    again = method.loss(Encoded([x[order] for x in columns], 1, 9, order))
+    assert again.item() == pytest.approx(whole.item())
+
+
+@pytest.mark.parametrize("V", [2, 3])
+def test_a_batch_of_one_premise_is_not_mixed(V):
+    u, *others = columns = batch(V)
+    method, same = build(V, ["one premise"] * 8), torch.ones(8, 8, dtype=torch.bool)
+    plain = (method.supervised_contrast(u, given(*others), [], same)
+             + method.classifier_loss(u, given(*others)))
+    assert torch.equal(loss_of(method, columns), plain) and plain.isfinite()
 
 
 # ---- settings and runs ----------------------------------------------------------------------
 
-@pytest.mark.parametrize("settings, columns, said", [
-    ({}, 1, "takes a corpus of 2 or 3 columns, found 1 in docs: use --method simcse, or a file of "
-            "pairs, such as nli"),
-    (dict(loss="focal"), 2, "has a loss and a head of its own, found --loss focal"),
-    (dict(hard_negative_weight=2.), 3, "found --hard-negative-weight 2.0"),
-    (dict(head="keep"), 3, "found --head keep: use --head none"),
-    (dict(contrast_weight=0., classifier_weight=0.), 3, "are both 0, so there is nothing to learn"),
-])
-def test_what_makes_no_sense_is_refused(settings, columns, said):
-    with pytest.raises(ValueError) as refused:
-        check(replace(Config(method="core-tuning"), **settings), columns)
-    assert said in str(refused.value)
-
-
 @pytest.mark.parametrize("settings, said", [
-    (dict(mixing_alpha=0.), "--mixing-alpha: expected above 0, found 0"),
-    (dict(focus=-1.), "--focus: expected 0 or more, found -1")])
-def test_a_value_out_of_range_is_refused(settings, said):
-    with pytest.raises(ValueError) as refused:
-        validate(Config(**settings))
-    assert said in str(refused.value)
+    (dict(hard_negative_weight=2.), "found --hard-negative-weight 2.0"),
+    (dict(head="keep"), "found --head keep: use --head none"),
+    (dict(contrast_weight=0., classifier_weight=0.), "are both 0, so there is nothing to learn")])
+def test_what_makes_no_sense_is_refused(settings, said):
+    config = Config(**dict(method="core-tuning", head="none", batch_size=8) | settings)
+    with pytest.raises(ValueError, match=said):
+        check(config, [corpus_of(3)], SHAPE)
 
 
 @pytest.mark.parametrize("model_type, width, rate", [
     ("bert", 768, 5e-5), ("roberta", 1024, 1e-5), ("bert", 256, 3e-4)])
 def test_it_trains_like_supervised_simcse_but_without_a_head_between(model_type, width, rate):
-    config = resolve({"method": "core-tuning"}, model_type=model_type, width=width, columns=3)
+    shape = replace(SHAPE, model_type=model_type, width=width)
+    config, usual = (resolve(method, {}, shape, columns=3) for method in (CoreTuning, SimCSE))
     assert (config.head, config.learning_rate, config.epochs) == ("none", rate, 3)
-    usual = resolve({}, model_type=model_type, width=width, columns=3)
     assert usual.head == "keep"
 
 
-@pytest.fixture
-def train(program, tmp_path):
-    path = tmp_path / "nli.csv"
-    path.write_text("sent0,sent1,hard_neg\n" + "".join(
-        f"a dog {i // 2},an animal {i},no dog {i}\n" for i in range(24)))
-    return partial(program, method="core-tuning", corpus=path)
-
-
-def test_a_run_saves_the_encoder_without_head_and_classifier(train):
-    folder = train(steps=10)
+def test_a_run_saves_the_encoder_without_head_and_classifier(program, corpora):
+    folder = program(method="core-tuning", corpus=corpora[3], steps=1)
     assert load(folder).head is None and not (folder / "2_Dense").exists()
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["contrastive_loss"] > 0 and row["classifier_loss"] > 0
-
-
-def test_a_run_that_goes_on_ends_with_the_same_weights(train, stopped):
-    whole = (train(out="whole", steps=8) / "model.safetensors").read_bytes()
-    assert stopped(3, train, out="parts", steps=8) == 130
-    assert (train("--resume", out="parts", steps=8) / "model.safetensors").read_bytes() == whole

@@ -26,13 +26,13 @@ from safetensors.torch import save as packed
 
 import data
 import eval_sts
-import runs
-from data import Tokenizer, read_corpus, unpack
+from data import Tokenizer, read_corpus
+from engine import hub, run_folder
+from engine.encoders import load, read_config
+from engine.hub import unpack
 from eval_sts import read_test
-from folders import load, read_config
-from corpus_methods import FRATERNAL
-from positives import POSITIVES
-from teacher import read_teacher
+from papers.corpus import read_vectors
+from papers.views import POSITIVES
 
 # Every machine draws the same examples, and none is too slow for the others.
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40, database=None)
@@ -236,6 +236,8 @@ TRANSFORMER = {"type": "Transformer", "path": ""}
      "expected a tokenizer of Hugging Face's"),
     ("tokenizer.json", vocabulary(lambda words: {"vocab": {w: i + 99 for w, i in words.items()}}),
      "expected ids below the encoder's 16384, found 16482"),
+    ("tokenizer.json", vocabulary(lambda words: {"vocab": {
+        w: i for w, i in words.items() if i < 8000}}), "the encoder's 16384 entries, found 8000"),
     ("tokenizer.json", vocabulary(lambda _: {"unk_token": "nowhere"}),
      "expected a tokenizer of Hugging Face's"),
     ("modules.json", modules(1, 2), "expected modules with a type and a path, found 1"),
@@ -265,18 +267,11 @@ ROWS = numpy.random.default_rng(0).standard_normal((64, 8)).astype("f4")
     ("t.npy", npy(numpy.array([Hostile()] * 64), allow_pickle=True), "expected an array"),
     ("t.npy", npy(numpy.array(["a"] * 64)), "expected an array of numbers"),
     ("t.npy", npy(ROWS.astype(">f4")), "expected an array of numbers"),
-    ("t.npy", npy(ROWS[1:]), "expected (64, D) in float16 or float32"),
-    ("t.npy", npy(ROWS[:, 0].copy()), "expected (64, D) in float16 or float32"),
-    ("t.npy", npy(ROWS.astype("f8")), "found (64, 8) in float64"),
+    ("t.npy", npy(ROWS[1:]), "expected (64, D) floats"),
+    ("t.npy", npy(ROWS[:, 0].copy()), "expected (64, D) floats"),
+    ("t.npy", npy(ROWS.astype("i4")), "found (64, 8) in int32"),
     ("t.npy", npy(ROWS * (numpy.arange(64) != 7)[:, None]), "row 7, counted from 0, is zero"),
     ("t.npy", npy(ROWS * numpy.nan), "row 0, counted from 0, is zero or not finite"),
-    ("t.safetensors", b"", "damaged safetensors"),
-    ("t.safetensors", NOISE, "damaged safetensors"),
-    ("t.safetensors", torch_pickle({"embeddings": Hostile()}), "damaged safetensors"),
-    ("t.safetensors", packed({"embeddings": torch.ones(64, 8)})[:-1], "damaged safetensors"),
-    ("t.safetensors", packed({"x": torch.ones(64, 8)}), "expected a tensor called embeddings"),
-    ("t.safetensors", packed({"embeddings": torch.ones(3, 8)}), "expected (64, D)"),
-    ("t.safetensors", packed({"embeddings": torch.zeros(64, 8)}), "row 0, counted from 0"),
 ])
 def test_a_damaged_teacher(name, content, said, refused, written):
     assert said in refused(method="kdmcse", teacher=written(name, content))
@@ -314,6 +309,12 @@ def cut_moments(optimizer):
                                   for number, own in optimizer["state"].items()}}
 
 
+def one_bit_off(content):
+    """In the middle, so within a tensor: torch would take it."""
+    at = len(content) // 2
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
 @pytest.mark.parametrize("name, change", [
     *[(name, lambda path, content=content: content) for name in ("state.pt", "args.json")
       for content in (b"", NOISE, PICKLE, b"[" * 100_000)],
@@ -323,11 +324,12 @@ def cut_moments(optimizer):
     ("results.json", lambda path: b"[]"),
     ("state.pt", lambda path: torch_pickle({"state": Hostile()})),
     ("state.pt", lambda path: torch_pickle([1])),
+    ("state.pt", lambda path: one_bit_off(path.read_bytes())),
+    ("state.pt", state(networks={})),
+    ("state.pt", state(networks=lambda own: {name: x[:1] for name, x in own.items()})),
     ("state.pt", state(state=lambda own: own | {"step": "2"})),
     ("state.pt", state(state=lambda own: own | {"step": -2})),
     ("state.pt", state(state=lambda own: own | {"before": {}})),
-    ("state.pt", state(parts={})),
-    ("state.pt", state(parts=lambda own: {name: x[:1] for name, x in own.items()})),
     ("state.pt", state(optimizer={})),
     ("state.pt", state(optimizer=cut_moments)),
 ])
@@ -383,7 +385,7 @@ GOOD = archive(("d/STS/a.txt", tarfile.REGTYPE), ("d/SICK/b.txt", tarfile.REGTYP
 def test_a_damaged_archive_of_tests(content, said, written, tmp_path, monkeypatch, tiny, capsys):
     (tmp_path / "cache").mkdir()
     tar = written("cache/senteval.tar", content)
-    monkeypatch.setattr(data, "from_hub", lambda name: tar)
+    monkeypatch.setattr(hub, "from_hub", lambda name: tar)
     monkeypatch.delenv("MINCSE_DATA", raising=False)
     with pytest.raises(SystemExit) as ended:
         eval_sts.main([str(tiny), "--test", "stsb"])
@@ -403,7 +405,7 @@ def read_or_refuse(read, path: Path, content: bytes, *others):
     """What the reader makes of it, or None where it says in one sentence what is wrong."""
     path.write_bytes(content)
     try:
-        return read(str(path) if read is not unpack else path, *others)
+        return read(path if read in (unpack, read_vectors) else str(path), *others)
     except DOCUMENTED as error:
         assert path.name in str(error) and "\n" not in str(error)
         return None
@@ -489,12 +491,12 @@ def test_settings_of_any_kind_make_an_encoder_or_are_refused(tiny, tmp_path_fact
         assert config.width % config.heads == 0 <= config.pad_id < config.vocab_size
 
 
-@given(st.binary(max_size=200), st.sampled_from(["t.npy", "t.safetensors"]), st.booleans())
-def test_any_bytes_are_the_vectors_of_a_teacher_or_refused(tmp_path_factory, tail, name, header):
-    path = tmp_path_factory.getbasetemp() / name
+@given(st.binary(max_size=200), st.booleans())
+def test_any_bytes_are_the_vectors_of_a_teacher_or_refused(tmp_path_factory, tail, header):
+    path = tmp_path_factory.getbasetemp() / "t.npy"
     corpus = data.Corpus("two", [["one", "two"]], None, "", 0)
     content = npy(ROWS)[:80] * header + tail
-    found = read_or_refuse(read_teacher, path, content, corpus, CPU)
+    found = read_or_refuse(read_vectors, path, content, corpus)
     assert found is None or found.shape[0] == 2
 
 
@@ -509,8 +511,8 @@ def test_any_bytes_are_an_archive_or_refused_and_stay_inside(tmp_path_factory, n
 @given(st.text(max_size=40), st.floats(allow_nan=True))
 def test_a_line_of_the_log_has_a_step_or_none(text, number):
     for line in (text, json.dumps({"step": text}) + "\n", json.dumps({"step": number}) + "\n"):
-        assert runs.step_of(line) == float("inf")
-    assert runs.step_of('{"step": 3}\n') == 3
+        assert run_folder.step_of(line) == float("inf")
+    assert run_folder.step_of('{"step": 3}\n') == 3
 
 
 # ---- text views -----------------------------------------------------------------------------
@@ -527,11 +529,6 @@ def test_any_text_stays_a_text_of_its_own_words(view, text, seed, rate):
 
 
 @given(WORDS, st.integers(0, 9))
-def test_the_fraternal_twins_of_any_text_are_texts(text, seed):
-    assert all(change(text, random.Random(seed)).strip() for change in FRATERNAL)
-
-
-@given(WORDS, st.integers(0, 9))
 def test_switching_case_changes_letters_and_no_word(text, seed):
     found = POSITIVES["switch-case"](text, random.Random(seed), rate=.5)
     assert len(found.split()) == len(text.split())
@@ -540,8 +537,9 @@ def test_switching_case_changes_letters_and_no_word(text, seed):
 
 @given(WORDS)
 def test_a_rate_of_zero_changes_nothing_but_white_space(text):
-    for view in ("crop", "delete-words", "swap-words", "switch-case"):
+    for view in ("crop", "delete-words", "swap-words"):
         assert POSITIVES[view](text, random.Random(0), rate=0.) == " ".join(text.split())
+    assert POSITIVES["switch-case"](text, random.Random(0), rate=0.) == text
 
 
 @given(st.lists(WORDS, min_size=1, max_size=9), st.integers(3, 12))

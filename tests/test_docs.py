@@ -8,22 +8,11 @@ from pathlib import Path
 
 import pytest
 
-import docs
 from data import read_corpus
-from docs import doc_sentences, doc_twins, folded, is_sentence, paragraphs, plain
+from engine import docs
+from engine.docs import doc_sentences, doc_twins, folded, is_sentence, paragraphs, without_markup
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """A cache for these tests alone."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        docs.harvest.cache_clear()
-        yield folder
-    docs.harvest.cache_clear()
 
 
 # ---- cleaning -------------------------------------------------------------------------------
@@ -37,7 +26,7 @@ def own_cache(tmp_path_factory):
     ("The product 2 * 3 * 4 is not emphasis.", "The product 2 * 3 * 4 is not emphasis."),
 ])
 def test_markup_goes_and_words_stay(markup, text):
-    assert plain(markup) == text
+    assert without_markup(markup) == text
 
 
 EXAMPLE = '''
@@ -125,45 +114,19 @@ def test_the_corpus_called_docs_is_these_sentences():
     assert corpus.columns == [doc_sentences()] and corpus.documents is None
 
 
-# ---- the cache ------------------------------------------------------------------------------
+# ---- another process ------------------------------------------------------------------------
 
-def in_a_fresh_process(cache):
-    script = "import docs; print(docs.json.dumps([docs.doc_sentences(), docs.doc_twins()]))"
+def test_another_process_finds_the_same_in_the_same_order():
+    script = ("import json; from engine.docs import *\n"
+              "print(json.dumps([doc_sentences(), doc_twins()]))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONHASHSEED": "7"})
+                          env=os.environ | {"PYTHONHASHSEED": "7"})
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_another_process_with_no_place_for_a_cache_finds_the_same(tmp_path):
-    (tmp_path / "a file").write_text("where a folder should be")
-    sentences, twins = in_a_fresh_process(tmp_path / "a file")
-    assert sentences == doc_sentences()
-    assert [tuple(twin) for twin in twins] == doc_twins()
-
-
-def test_the_second_time_the_cache_answers(own_cache, monkeypatch):
-    found = doc_sentences(), doc_twins()
-    assert [path.suffix for path in (own_cache / "mincse").iterdir()] == [".json"]
-    docs.harvest.cache_clear()
-    monkeypatch.setattr(docs, "docstrings", lambda: pytest.fail("read the packages again"))
-    assert (doc_sentences(), doc_twins()) == found
-
-
-def test_a_damaged_cache_is_made_anew(own_cache, monkeypatch):
-    monkeypatch.setattr(docs, "find_twins", lambda: [("owl", "An owl is here.", "Here is an owl.")])
-    monkeypatch.setattr(docs, "docstrings", lambda: ["An elk is here. An owl is here."])
-    cache, = (own_cache / "mincse").iterdir()
-    whole = cache.read_text()
-    cache.write_text(whole[:100])
-    docs.harvest.cache_clear()
-    assert doc_sentences() == ["An elk is here."]
-    assert json.loads(cache.read_text())["sentences"] == ["An elk is here."]
-    cache.write_text(whole)
-    docs.harvest.cache_clear()
+    sentences, twins = json.loads(done.stdout)
+    assert sentences == doc_sentences() and [tuple(twin) for twin in twins] == doc_twins()
 
 
 def test_python_without_docstrings_is_told_why_it_finds_none():
-    done = subprocess.run([sys.executable, "-OO", "-c", "import docs; docs.doc_twins()"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-OO", "-c", "from engine.docs import *; doc_twins()"],
+                          cwd=ROOT, capture_output=True, text=True)
     assert "ValueError" in done.stderr and "run python without -OO" in done.stderr

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -10,20 +10,18 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-import mincse
-from config import Config, validate
+import data
+from engine.flags import check_ranges
 from losses import info_nce, many_positives
-from corpus_methods import IFND
-from methods import Encoded
-from papers import check
 from model import Encoder, EncoderConfig, SentenceEncoder
-from negatives import EMPTY, accept, assign, false_negatives, kmeans
+from papers.corpus import EMPTY
+from papers.ifnd import IFND, Config, accept, false_negatives
+from papers.simcse import Encoded, SimCSE
 
 
 @dataclass(frozen=True)
 class Texts:
     columns: list[list[str]]
-    documents: list[int] | None = None
 
     def __len__(self):
         return len(self.columns[0])
@@ -36,9 +34,8 @@ BOTH = ["eliminate", "attract"]
 
 def method(labels=None, corpus=CORPUS, **settings):
     """IFND with these accepted labels, one list for each granularity."""
-    settings = {"batch_size": 8} | settings
     model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 4, 1, 1, 5)), pooling="cls")
-    found = IFND(corpus, replace(Config(method="ifnd"), **settings), model=model)
+    found = IFND(corpus, Config(**{"batch_size": 8} | settings), model=model)
     if labels is not None:
         found.label[:, : len(labels[0])] = torch.tensor(labels, dtype=torch.int32)
     return found
@@ -106,17 +103,13 @@ def test_with_one_of_two_labels_accepted_it_is_info_nce(strategy):
     assert loss_of(all_three, [anchor, positive]).item() == pytest.approx(sum(expected) / 3)
 
 
-def test_before_any_label_is_accepted_elimination_is_info_nce_to_the_bit():
+def test_before_any_label_is_accepted_it_is_info_nce_and_elimination_to_the_bit():
     columns = batch()
     losses = [loss_of(method(), columns), info_nce(*columns)]
     assert torch.equal(*losses)
     assert all(map(torch.allclose, *(torch.autograd.grad(loss, columns) for loss in losses)))
-
-
-def test_before_any_label_is_accepted_attraction_is_info_nce():
-    columns = batch()
-    found = loss_of(method(false_negatives="attract"), columns)
-    assert found.item() == pytest.approx(info_nce(*columns).item(), abs=1e-14)
+    attract = loss_of(method(false_negatives="attract"), columns)
+    assert attract.item() == pytest.approx(losses[1].item(), abs=1e-14)
 
 
 def test_elimination_is_never_above_info_nce_and_equal_only_where_nothing_is_left_out():
@@ -173,8 +166,9 @@ def test_the_loss_is_the_mean_over_both_granularities(strategy):
     columns, coarse, fine = batch(), [0, 0, 0, 1, 1, 1], [0, 0, 1, 2, 3, 3]
     build = partial(method, false_negatives=strategy)
     one, other = (loss_of(build([x, x]), columns) for x in (coarse, fine))
-    assert loss_of(build([coarse, fine]), columns).item() == pytest.approx(
-        (one + other).item() / 2)
+    both = build([coarse, fine])
+    assert loss_of(both, columns).item() == pytest.approx((one + other).item() / 2)
+    assert both.logs()["false_negatives"] == pytest.approx((12 + 4) / 60)
 
 
 @pytest.mark.parametrize("strategy", BOTH)
@@ -199,91 +193,7 @@ def test_the_weight_of_the_own_hard_negative_still_counts():
     assert heavier.item() == pytest.approx(expected.item())
 
 
-def test_the_log_counts_what_is_left_out_and_its_probability():
-    anchor, positive = (x.detach() for x in batch(B=4))
-    ifnd = method([[0, 0, 1, 1], [0, 0, 1, 2]], temperature=.5)
-    loss_of(ifnd, [anchor, positive])
-    p = (F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).mT / .5).softmax(dim=1)
-    mass = (2 * (p[0, 1] + p[1, 0]) + p[2, 3] + p[3, 2]) / 8
-    assert ifnd.logs()["false_negatives"] == pytest.approx(6 / 24)
-    assert ifnd.logs()["false_negative_mass"] == pytest.approx(mass.item())
-
-
-# ---- clusters -------------------------------------------------------------------------------
-
-def bunches(k=5, each=40, D=7, spread=.1, seed=0):
-    """Rows around k directions at right angles, and which they are of."""
-    torch.manual_seed(seed)
-    return (torch.eye(k, D).repeat_interleave(each, 0) + spread * torch.randn(k * each, D),
-            torch.arange(k).repeat_interleave(each))
-
-
-def test_bunches_far_apart_are_found():
-    x, truth = bunches()
-    label, _, _ = assign(x, kmeans(x, 5, seed=1))
-    assert len(set(zip(label.tolist(), truth.tolist()))) == 5
-
-
-def test_a_centre_is_the_mean_direction_of_its_rows_and_every_row_is_at_its_nearest():
-    """What Lloyd's algorithm ends in, on rows that are not bunched at all."""
-    torch.manual_seed(0)
-    x = F.normalize(torch.randn(200, 3).double(), dim=1)
-    centres = kmeans(x, 4, seed=0, iterations=100)
-    label, likeness, _ = assign(x, centres)
-    for row, k, cosine in zip(x, label, likeness):
-        cosines = [float(row @ centre) for centre in centres]
-        assert max(cosines) == pytest.approx(float(cosine)) == pytest.approx(cosines[k])
-    for k, centre in enumerate(centres):
-        mean = x[label == k].sum(dim=0)
-        assert torch.allclose(centre, mean / mean.norm())
-
-
-def test_clusters_are_those_of_scipy_from_the_same_start():
-    """SciPy's is by distance; on the sphere, with bunches of like size, it finds the same."""
-    from scipy.cluster.vq import kmeans2
-    x, _ = bunches(k=4, each=50, spread=.25, seed=2)
-    x = F.normalize(x.double(), dim=1)
-    ours, _, _ = assign(x, kmeans(x, 4, seed=0, iterations=50))
-    _, theirs = kmeans2(x.numpy(), x[[0, 50, 100, 150]].numpy(), minit="matrix", iter=50)
-    same = (ours[:, None] == ours) == torch.from_numpy(theirs[:, None] == theirs)
-    assert same.double().mean() > .98
-
-
-def test_as_many_clusters_as_rows_or_more_leave_every_row_alone():
-    x = F.normalize(torch.randn(9, 5, generator=torch.Generator().manual_seed(0)), dim=1)
-    for k in (9, 20):
-        label, _, _ = assign(x, kmeans(x, k, seed=0))
-        assert sorted(label.tolist()) == list(range(9))
-
-
-def test_equal_rows_share_a_cluster_however_many_are_asked_for():
-    x = torch.eye(3, 4).repeat(5, 1)
-    label, _, _ = assign(x, kmeans(x, 6, seed=0))
-    assert torch.equal(label[:3].repeat(5), label) and len(set(label.tolist())) == 3
-
-
-def test_the_seed_decides():
-    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(kmeans(x, 5, seed=3), kmeans(x, 5, seed=3))
-    assert not torch.equal(kmeans(x, 5, seed=3), kmeans(x, 5, seed=4))
-
-
-def test_chunks_change_nothing():
-    x, _ = bunches()
-    centres = kmeans(x, 5, seed=0)
-    for whole, parts in zip(assign(x, centres), assign(x, centres, chunk=7)):
-        assert torch.allclose(whole, parts)
-
-
-@pytest.mark.parametrize("temperature, expected", [(.1, .997469), (.2, .951970)])
-def test_how_sure_a_label_is(temperature, expected):
-    angle = math.radians(20)
-    point = torch.tensor([[math.cos(angle), math.sin(angle)]]).double()
-    centres = torch.tensor([[1, 0], [0, 1], [-1, 0]]).double()
-    label, cosine, sure = assign(point, centres, temperature=temperature)
-    assert label.item() == 0 and cosine.item() == pytest.approx(math.cos(angle))
-    assert sure.item() == pytest.approx(expected, abs=1e-6)
-
+# ---- labels ---------------------------------------------------------------------------------
 
 def test_the_surest_labels_are_accepted_and_ties_go_to_the_first():
     label = torch.tensor([5, 6, 7, 8])
@@ -313,12 +223,14 @@ def by_word(texts, *, pooling=None, max_tokens=None):
     return found
 
 
-def test_the_ramp_accepts_a_fifth_more_with_every_part():
-    ifnd = method(clusters=6, accepted=1.)
-    for part in range(1, 5):
-        ifnd.refresh(by_word, range(60))
-        assert ((ifnd.label != EMPTY).sum(dim=1) == 12 * part).all()
-        assert ifnd.logs()["accepted"] == pytest.approx(part / 5)
+def test_the_ramp_accepts_as_much_more_with_every_refresh_and_ends_at_the_share_asked_for():
+    for accepted, rows in ((1., [15, 30, 45, 60]), (.5, [7, 15, 22, 30])):   # of 60, floored
+        ifnd = method(clusters=6, accepted=accepted)
+        assert (ifnd.label == EMPTY).all()                        # round 0 is SimCSE
+        for number, expected in enumerate(rows, start=1):
+            ifnd.refresh(by_word, range(60))
+            assert (ifnd.label != EMPTY).sum(dim=1).tolist() == [expected, expected]
+            assert ifnd.logs()["accepted"] == pytest.approx(accepted * number / 4)
 
 
 def test_what_clusters_together_is_what_the_encoder_finds_alike():
@@ -331,10 +243,12 @@ def test_what_clusters_together_is_what_the_encoder_finds_alike():
     assert fine.sum() < same.sum() and same[fine].all()           # 24 clusters: parts of the 6
 
 
-def test_a_short_run_clusters_only_the_rows_that_it_sees():
-    ifnd, asked = method(clusters=2, steps=3), []
+def test_a_short_run_clusters_just_the_rows_that_it_will_train_on():
+    ifnd, asked = method(clusters=2, steps=3, seed=5), []
     ifnd.refresh(lambda texts, **how: asked.extend(texts) or by_word(texts, **how), range(60))
-    assert len(set(asked)) == 24 and (ifnd.label != EMPTY).sum() == 2 * math.floor(24 / 5)
+    seen = sum(data.row_order(ifnd.rounds(3), 8, seed=5), [])
+    assert set(asked) == {CORPUS.columns[0][row] for row in seen} and len(set(asked)) == 24
+    assert (ifnd.label[:, seen] != EMPTY).sum() == (ifnd.label != EMPTY).sum() == 2 * (24 // 4)
 
 
 @pytest.mark.parametrize("batch_size, expected", [(64, (64, 256)), (512, (512, 2048)), (2, (1, 4))])
@@ -343,14 +257,12 @@ def test_the_number_of_clusters_follows_the_batch(batch_size, expected):
     assert method(clusters=10).sizes == (10, 40)
 
 
-def test_the_parts_are_equal_and_take_the_rows_in_the_order_of_simcse(tiny, sentences):
-    from methods import SimCSE
+def test_rounds_are_one_more_than_refreshes_and_take_the_rows_in_the_order_of_simcse():
     assert [count for count, _ in method().rounds(23)] == [4, 5, 4, 5, 5]
+    assert [count for count, _ in method(cluster_rounds=1).rounds(23)] == [11, 12]
     assert [count for count, _ in method().rounds(3)] == [1, 1, 1]
-    config = Config(batch_size=8, steps=15, seed=3)
-    model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 4, 1, 1, 5)), pooling="cls")
-    orders = [list(mincse.row_order(kind(CORPUS, config, model=model), config, 15))
-              for kind in (SimCSE, IFND)]
+    plain = SimCSE(CORPUS, SimCSE.Config(), model=None)
+    orders = [list(data.row_order(x.rounds(15), 8, seed=3)) for x in (plain, method())]
     assert orders[0] == orders[1] and len(orders[0]) == 15
 
 
@@ -374,55 +286,36 @@ def test_as_many_clusters_as_sentences_make_it_info_nce(recwarn):
 
 def test_attraction_has_a_loss_of_its_own():
     with pytest.raises(ValueError, match="--false-negatives attract has its own loss, found"):
-        check(Config(method="ifnd", false_negatives="attract", loss="focal"), 1)
-    check(Config(method="ifnd", loss="focal"), 1)
+        IFND.check(Config(false_negatives="attract", loss="focal"), [CORPUS], None)
+    IFND.check(Config(loss="focal"), [CORPUS], None)
 
 
 @pytest.mark.parametrize("settings, said", [
-    (dict(cluster_rounds=0), "--cluster-rounds: expected above 0, found 0"),
+    (dict(cluster_rounds=0), "--cluster-rounds: expected 1 or more, found 0"),
     (dict(clusters=-1), "--clusters: expected 0 or more, found -1"),
-    (dict(accepted=1.5), "--accepted: expected from 0 to 1, found 1.5")])
+    (dict(accepted=1.5), "--accepted: expected 0 or more and at most 1, found 1.5")])
 def test_a_value_out_of_range_is_refused(settings, said):
-    with pytest.raises(ValueError) as refused:
-        validate(Config(**settings))
-    assert said in str(refused.value)
+    with pytest.raises(ValueError, match=said):
+        check_ranges(Config(**settings))
 
 
 @pytest.fixture
 def train(program):
-    return partial(program, method="ifnd", clusters=4, cluster_rounds=3)
-
-
-def weights(folder):
-    return (folder / "model.safetensors").read_bytes()
+    return partial(program, method="ifnd", clusters=4, cluster_rounds=2, steps=12)
 
 
 def test_with_nothing_accepted_a_run_is_that_of_simcse(train, program):
     """But for rounding: half the loss of either granularity makes the whole."""
+    flags = {"precision": "fp32", "device": "cpu"}
     found, expected = (load_file(folder / "model.safetensors") for folder in (
-        train(accepted=0, steps=12), program(out="plain", steps=12)))
+        train(accepted=0, **flags), program(out="plain", steps=12, **flags)))
     assert all(torch.allclose(found[name], x, atol=1e-4) for name, x in expected.items())
 
 
-@pytest.mark.parametrize("strategy", BOTH)
-@pytest.mark.parametrize("at", [4, 6, 7])
-def test_a_run_that_goes_on_ends_with_the_same_weights(train, stopped, strategy, at):
-    """Stopped just before a refresh (4), in the middle of a part (6), and late in it (7)."""
-    flags = {"steps": 12, "false_negatives": strategy}
-    whole = weights(train(out="whole", **flags))
-    assert stopped(at, train, out="parts", **flags) == 130
-    assert weights(train("--resume", out="parts", **flags)) == whole
-
-
-def test_a_run_logs_the_ramp_and_the_clusters(train):
+def test_a_run_logs_the_ramp_and_what_is_left_out(train):
     folder = train(steps=30)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["accepted"] for row in rows] == pytest.approx([0, 1 / 3, 2 / 3])
+    assert [row["accepted"] for row in rows] == [0, .5, 1]
     assert rows[0]["false_negatives"] == 0 < rows[-1]["false_negatives"]
-    assert 1 / 16 <= rows[-1]["largest_cluster"] <= 1 and rows[-1]["clusters_used"] == 1
-    assert 0 < rows[-1]["sure_10"] <= rows[-1]["sure_50"] <= rows[-1]["sure_90"] <= 1
 
 
-def test_a_dry_run_clusters_nothing(train, capsys, monkeypatch):
-    train("--dry-run", steps=30)
-    assert "saved and reloaded with equal vectors: yes" in capsys.readouterr().out

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import LOSSES, alignment, cosine, focal_info_nce, info_nce, pick_own, uniformity
+from losses import alignment, cosine, info_nce, pick_own, uniformity
+from papers.focal import LOSSES
 
 # Three anchors, their positives and their hard negatives, in the plane.
 A = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=torch.float64)
@@ -44,8 +45,8 @@ def test_info_nce_is_the_mean_surprise_at_finding_the_own_positive():
     anchor, candidates = random_pair(3, 5, 7)
     surprise = []
     for i in range(3):
-        likeness = [math.exp(F.cosine_similarity(anchor[i], c, dim=0) / 0.05) for c in candidates]
-        surprise.append(-math.log(likeness[i] / sum(likeness)))
+        similarity = [math.exp(F.cosine_similarity(anchor[i], c, dim=0) / 0.05) for c in candidates]
+        surprise.append(-math.log(similarity[i] / sum(similarity)))
     assert info_nce(anchor, candidates).item() == pytest.approx(sum(surprise) / 3)
 
 
@@ -120,112 +121,6 @@ def test_weight_two_is_the_same_candidate_twice():
     for loss in LOSSES.values():
         twice = loss(anchor, torch.cat([candidates, candidates[7:8]]))
         assert close(loss(anchor, candidates, weight=weight), twice, 1e-12)
-
-
-# ---- Focal-InfoNCE --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("temperature, hardness, expected",
-                         [(.05, .3, .15269911), (.05, 0, .00133764), (1, .3, .86291774)])
-def test_the_worked_example_of_focal_info_nce(temperature, hardness, expected):
-    assert close(focal_info_nce(A, P, temperature=temperature, hardness=hardness), expected)
-
-
-def test_focal_is_cross_entropy_of_the_self_scaled_cosines():
-    logits = torch.tensor([[19.23076923, .79504212, 16.88033481],
-                           [1.94592758, 19.80198020, 11.55304833],
-                           [18.83845561, 16.62394182, 19.75609756]], dtype=torch.float64)
-    assert close(focal_info_nce(A, P), F.cross_entropy(logits, torch.arange(3)), 1e-7)
-
-
-def test_hardness_zero_is_info_nce_on_squares_and_not_info_nce():
-    assert close(focal_info_nce(A, P, hardness=0), pick_own(cosine(A, P).square() / .05), 1e-12)
-    assert not close(focal_info_nce(A, P, hardness=0), info_nce(A, P))
-
-
-@pytest.mark.parametrize("hardness", [0, .3, .9])
-def test_on_orthogonal_views_focal_and_plain_agree(hardness):
-    eye = torch.eye(64, dtype=torch.float64)
-    assert close(focal_info_nce(eye, eye, hardness=hardness), 1.29853e-7, 1e-12)
-
-
-def alike(n, s):
-    """n unit anchors and candidates whose cosines are all s."""
-    anchor = torch.zeros(n, 2, dtype=torch.float64)
-    anchor[:, 0] = 1
-    return anchor, torch.tensor([[s, math.sqrt(1 - s * s)]], dtype=torch.float64).expand(n, 2)
-
-
-@pytest.mark.parametrize("s, expected", [(.2, 5.34790419), (.5, 7.14392469), (0, math.log(64))])
-def test_where_all_cosines_are_equal_focal_has_a_closed_form(s, expected):
-    assert close(focal_info_nce(*alike(64, s)), math.log1p(63 * math.exp(.3 * s / .05)), 1e-9)
-    assert close(focal_info_nce(*alike(64, s)), expected)
-
-
-def test_an_exact_duplicate_in_the_batch_costs_focal_far_more_than_info_nce():
-    assert close(focal_info_nce(*alike(2, 1)), 6.00247569)
-    assert close(info_nce(*alike(2, 1)), math.log(2))
-
-
-def focal_of(s):
-    """The focal loss of given cosines: rows of unit anchors along the axes reproduce them."""
-    assert s.shape[0] == s.shape[1]
-    own = torch.eye(len(s), dtype=torch.bool)
-    return pick_own(torch.where(own, s * s, s * (s + .3)) / .05)
-
-
-def test_focal_lets_gradient_flow_through_both_factors():
-    torch.manual_seed(0)
-    anchor = torch.randn(5, 7).double().abs().requires_grad_()
-    s = cosine(anchor, torch.randn(5, 7).double().abs()).detach().requires_grad_()
-    gradient, = torch.autograd.grad(focal_of(s), s)
-    own = torch.eye(5, dtype=torch.bool)
-    likely = (torch.where(own, s * s, s * (s + .3)) / .05).softmax(dim=1)
-    expected = torch.where(own, (likely - 1) * 2 * s, likely * (2 * s + .3)) / .05 / 5
-    assert torch.allclose(gradient, expected, rtol=1e-6)
-    assert (gradient.diagonal() <= 0).all() and (gradient[~own] >= 0).all()
-
-
-def test_the_worked_gradient_of_focal_through_the_loss_itself():
-    expected = torch.tensor([[-1.13788, 3e-8, 1.08020], [8e-8, -.00347, .00270],
-                             [3.62455, .37241, -4.06882]], dtype=torch.float64)
-    anchor = A.clone().requires_grad_()
-    found, = torch.autograd.grad(focal_info_nce(anchor, P), anchor)
-    through_cosines = A.clone().requires_grad_()
-    chain, = torch.autograd.grad((cosine(through_cosines, P) * expected).sum(), through_cosines)
-    assert close(found, chain, 1e-4)
-
-
-def test_more_hardness_costs_more_where_negatives_are_close_and_less_where_they_are_opposite():
-    close_by = torch.tensor([[1, 0], [.9, .5]]).double()
-    opposite = torch.tensor([[1, 0], [-.9, .5]]).double()
-    losses = [[focal_info_nce(x, x, hardness=m).item() for m in (0, .3, .6)]
-              for x in (close_by, opposite)]
-    assert losses[0] == sorted(losses[0]) and len(set(losses[0])) == 3
-    assert losses[1] == sorted(losses[1], reverse=True) and len(set(losses[1])) == 3
-
-
-def test_a_negative_counts_more_than_in_info_nce_from_one_minus_hardness_on():
-    for s, sign in [(.5, -1), (.7, 0), (.9, 1)]:
-        assert math.copysign(1, s * (s + .3) - s) == sign or s * (s + .3) == pytest.approx(s)
-    anchor = torch.tensor([[1, 0], [0, 1]]).double()
-    candidates = torch.tensor([[1, 0], [.7, math.sqrt(.51)]]).double()
-    plain = math.log1p(math.exp((.7 - 1) / .05))
-    row = -math.log(math.exp(20) / (math.exp(20) + math.exp(14)))   # 14 at s = .7, as plain has
-    assert row == pytest.approx(plain)
-    assert focal_info_nce(anchor[:1], candidates).item() == pytest.approx(plain)
-
-
-def test_below_zero_focal_pushes_a_positive_away():
-    s = torch.tensor([[-.2, .1], [.1, .9]], dtype=torch.float64, requires_grad=True)
-    loss = focal_of(s)
-    gradient, = torch.autograd.grad(loss, s)
-    assert close(loss, .34657369) and close(gradient, [[2, 2.5], [1e-6, -3.7e-6]], 1e-5)
-
-
-def test_focal_drives_a_negative_to_minus_half_the_hardness_not_to_minus_one():
-    s = torch.tensor([[.9, -.4], [-.1, .9]], dtype=torch.float64, requires_grad=True)
-    gradient, = torch.autograd.grad(focal_of(s), s)
-    assert close(gradient[0, 1], -1.03e-6, 1e-8) and close(gradient[1, 0], 6.2e-8, 1e-9)
 
 
 # ---- Laws of every loss ---------------------------------------------------------------------

@@ -7,10 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import data
-import folders
-import pretrain
-import regimes
-import words
+from engine import encoders
+from tools import pretrain, words
 from conftest import ROOT
 
 MINI = ROOT / "mini"
@@ -28,23 +26,23 @@ def test_transformers_reads_the_same_masked_language_model():
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(MINI, dtype=torch.float32).eval()
     tokens = transformers.AutoTokenizer.from_pretrained(MINI)(
         SENTENCES, padding=True, return_tensors="pt")
-    ours = folders.load(MINI).eval()
+    ours = encoders.load(MINI).eval()
     ids, mask = data.Tokenizer.read(MINI)(SENTENCES, max_tokens=32)
     assert ids.tolist() == tokens["input_ids"].tolist()
     with torch.no_grad():
         expected = theirs(**tokens).logits[mask]
-        found = folders.load_masked_lm(MINI, ours)(ours.encoder(ids, mask)[-1])[mask]
+        found = encoders.load_masked_lm(MINI, ours)(ours.encoder(ids, mask)[-1])[mask]
     assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_on_text_never_trained_on_it_guesses_as_well_as_the_card_says(real_data):
     """Every hundredth document was held out. Half precision moves the third decimal."""
     corpus = data.read_corpus("wiki_docs", real_data)
-    other = regimes.part(corpus, [row for row, document in enumerate(corpus.documents)
-                                  if document % 100 == 99])
+    other = corpus.part(row for row, document in enumerate(corpus.documents)
+                        if document % 100 == 99)
     _, stream = words.streams(other, data.Tokenizer.read(MINI))
-    model = folders.load(MINI)
-    lm = pretrain.MaskedLM(model, folders.load_masked_lm(MINI, model))
+    model = encoders.load(MINI)
+    lm = pretrain.MaskedLM(model, encoders.load_masked_lm(MINI, model))
     found = pretrain.held_out(lm, words.Sequences(stream, data.Tokenizer.read(MINI), 64))
     said = re.search(r"loss\s+\*\*([\d.]+)\*\*, guessed right\s+\*\*([\d.]+)%\*\*",
                      (MINI / "README.md").read_text())

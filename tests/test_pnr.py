@@ -1,19 +1,24 @@
-"""PNR: the loss against worked numbers, the frozen model, and the measures of transfer."""
+"""PNR: the loss against worked numbers, the previous model, the tasks, and the measures."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from config import Config
-from losses import info_nce, pseudo_negative_nce
-from methods import PNR, Encoded
-from papers import check
+import mincse
+from data import Corpus, read_corpus
+from engine.results import default_folder
+from losses import info_nce
 from model import Encoder, EncoderConfig, Head, SentenceEncoder
-from regimes import transfer
+from papers import parse
+from papers.pnr import PNR, Config, halves, pseudo_negative_nce, tasks_of, what_is_left
+from papers.simcse import Encoded
 
 
 def rows(*values):
@@ -25,22 +30,22 @@ OLD, P = rows([.6, .8], [0, 1]), rows([1, 0], [.6, .8])
 
 
 def each(anchor, positive, others, **settings):
-    """The loss of every anchor, from two batches: the mean of all, and a loop of the formula."""
+    """The loss of every anchor, by a loop of the formula; the function gives their mean."""
     tau, w = settings.get("temperature", .05), settings.get("pseudo_weight", 1.)
     found = []
     for i in range(len(anchor)):
-        def likeness(x):
+        def weight(x):
             return math.exp(F.cosine_similarity(anchor[i], x, dim=0) / tau)
-        among = sum(likeness(x) for x in positive)
-        among += w * sum(likeness(others[j]) for j in range(len(others)) if j != i)
-        found.append(-math.log(likeness(positive[i]) / among))
+        among = sum(weight(x) for x in positive)
+        among += w * sum(weight(others[j]) for j in range(len(others)) if j != i)
+        found.append(-math.log(weight(positive[i]) / among))
     mean = pseudo_negative_nce(anchor, positive, others, **settings).item()
     assert mean == pytest.approx(sum(found) / len(found), abs=1e-12)
     return found
 
 
-def random_rows(count=3, B=7, D=5, seed=0):
-    torch.manual_seed(seed)
+def random_rows(count=3, B=7, D=5):
+    torch.manual_seed(0)
     return [torch.randn(B, D).double() for _ in range(count)]
 
 
@@ -59,26 +64,17 @@ def test_the_worked_example():
 
 
 def test_the_positive_stays_in_the_denominator():
-    """Without it, as in the authors' SimCLR form, L2 would be [.263282, 1.053947] and could go
-    below 0."""
+    """Without it, as in the authors' SimCLR form, the term would be [.263282, 1.053947] and could
+    go below 0."""
     assert each(P, OLD, Z2, temperature=.5) != pytest.approx([.263282, 1.053947], abs=1e-2)
-    same = Z.clone()
-    assert min(each(same, same, -same)) >= 0
+    assert min(each(Z, Z, -Z)) >= 0
 
 
 def test_weight_zero_is_info_nce_and_any_other_is_more():
-    """In double precision: a product of other size may round its last bit otherwise."""
-    z, z2, old = (x.double() for x in random_rows())
-    plain = pseudo_negative_nce(z, z2, old, pseudo_weight=0.).item()
-    assert plain == pytest.approx(info_nce(z, z2).item(), rel=1e-14)
+    z, z2, old = random_rows()
     losses = [pseudo_negative_nce(z, z2, old, pseudo_weight=w).item() for w in (0., .5, 1., 2.)]
-    assert losses == sorted(losses) and losses[0] < losses[-1]
-
-
-def test_pseudo_negatives_on_the_far_side_do_not_count():
-    """The old vectors of the others are opposite: each adds e^-20 to a sum near e^20."""
-    z = rows([1, 0], [1, .01])
-    assert pseudo_negative_nce(z, z, -z).item() == pytest.approx(info_nce(z, z).item(), abs=1e-3)
+    assert losses[0] == pytest.approx(info_nce(z, z2).item(), rel=1e-14)
+    assert losses == sorted(losses) and losses[0] < losses[1]
 
 
 def test_the_own_old_vector_is_no_negative_but_that_of_others_is():
@@ -91,32 +87,7 @@ def test_the_own_old_vector_is_no_negative_but_that_of_others_is():
     assert each(z, changed, z2)[3] != each(z, old, z2)[3]         # there it is the positive
 
 
-def test_one_sentence_alone_costs_nothing():
-    z, z2, old = random_rows(B=1)
-    assert pseudo_negative_nce(z, z2, old).item() == 0
-
-
-def test_a_permuted_batch_permutes_the_losses():
-    z, z2, old = random_rows()
-    order = torch.randperm(7)
-    moved = each(z[order], z2[order], old[order])
-    assert moved == pytest.approx([each(z, z2, old)[i] for i in order])
-
-
-def test_a_model_that_has_not_moved_still_pays_for_the_duplicates():
-    """p = f = z' without dropout: InfoNCE of the model with itself, and every other one twice."""
-    z, = random_rows(1)
-    twice = [math.log(sum((2 - (i == j)) * math.exp(F.cosine_similarity(z[i], z[j], dim=0) / .05)
-                          for j in range(7))) - 20 for i in range(7)]
-    assert pseudo_negative_nce(z, z, z).item() == pytest.approx(sum(twice) / 7)
-    assert pseudo_negative_nce(z, z, z) > info_nce(z, z)
-
-
 # ---- the method -----------------------------------------------------------------------------
-
-class Texts:
-    columns = [[f"sentence {i}" for i in range(8)]]
-
 
 def pnr(**settings):
     """The method on a small encoder with dropout, head and all, and that encoder."""
@@ -125,8 +96,9 @@ def pnr(**settings):
     model = SentenceEncoder(Encoder(shape), pooling="cls", head=Head(6))
     for tensor in model.parameters():                             # BERT's start is nearly a point
         nn.init.normal_(tensor, std=.5)
-    config = replace(Config(method="pnr", batch_size=4), **settings)
-    return PNR(Texts, config, model=model), model
+    config = Config(method="pnr", corpus=["a", "b"], batch_size=4, **settings)
+    return PNR(Corpus("a", [[f"sentence {i}" for i in range(8)]], None, "", 0), config,
+               model=model), model
 
 
 def encoded(model, B=4, seed=0):
@@ -137,93 +109,263 @@ def encoded(model, B=4, seed=0):
     return Encoded(list(vectors.chunk(2)), 1, 9, torch.arange(B), ids, mask)
 
 
+def old_vectors(model, out):
+    """What the model says without dropout, through the head as in training."""
+    with torch.no_grad():
+        return model.head(model.eval()(out.ids[:4], out.mask[:4]))
+
+
 def test_on_the_first_corpus_it_is_simcse_exactly():
     method, model = pnr()
     out = encoded(model)
-    assert method.loss(out) == info_nce(out.anchor, out.positive)
+    assert method.loss(out) == info_nce(out.anchor, out.positive) and not method.logs()
 
 
-def test_the_loss_adds_what_is_learned_and_what_is_remembered():
-    method, model = pnr(distillation_weight=.3)
-    method.follow(model)
+@pytest.mark.parametrize("w", [1., .5, 0.])
+@pytest.mark.parametrize("weight", [1., .3, 0.])
+def test_the_loss_adds_what_is_learned_and_what_is_remembered(w, weight):
+    method, model = pnr(pseudo_weight=w, distillation_weight=weight)
+    method.remember(model)
     out = encoded(model)
-    with torch.no_grad():
-        model.eval()
-        old = model.head(model(out.ids[:4], out.mask[:4]))        # the head as in training
-    learned = pseudo_negative_nce(out.anchor, out.positive, old)
-    remembered = pseudo_negative_nce(method.predictor(out.anchor), old, out.positive)
-    assert method.loss(out).item() == pytest.approx((learned + .3 * remembered).item(), rel=1e-5)
-    logs = method.logs()
-    assert logs["plasticity_loss"] == pytest.approx(learned.item(), rel=1e-5)
-    assert logs["stability_loss"] == pytest.approx(remembered.item(), rel=1e-5)
-    assert logs["kept"] == pytest.approx(F.cosine_similarity(out.anchor, old).mean().item())
+    old = old_vectors(model, out)
+    learned = pseudo_negative_nce(out.anchor, out.positive, old, pseudo_weight=w)
+    remembered = pseudo_negative_nce(method.predictor(out.anchor), old, out.positive,
+                                     pseudo_weight=w)
+    total = (learned + weight * remembered).item()
+    assert method.loss(out).item() == pytest.approx(total, rel=1e-5)
+    logs = {"plasticity_loss": learned} | ({"stability_loss": remembered} if weight else {})
+    expected = {name: value.item() for name, value in logs.items()} if w or weight else {}
+    assert method.logs() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_baselines_are_weights_of_zero():
-    for settings, terms in [(dict(pseudo_weight=0.), (0., 1.)),
-                            (dict(distillation_weight=0.), (1., 0.)),
-                            (dict(pseudo_weight=0., distillation_weight=0.), (0., 0.))]:
-        method, model = pnr(**settings)
-        method.follow(model)
-        out = encoded(model)
-        w, weight = terms
-        old = method.previous[0](out.ids[:4], out.mask[:4])
-        expected = pseudo_negative_nce(out.anchor, out.positive, old, pseudo_weight=w)
-        if weight:
-            expected = expected + info_nce(method.predictor(out.anchor), old)
-        assert method.loss(out).item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_the_previous_model_is_a_frozen_copy_without_dropout_that_nobody_trains_or_saves():
+def test_the_previous_model_has_no_dropout_and_nobody_trains_or_saves_it():
     method, model = pnr()
-    method.follow(model)
-    frozen, = method.previous
-    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
-    parts = nn.ModuleDict({"model": model, "method": method})
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=.01, weight_decay=.1)
-    assert len(parts.state_dict()) == len(model.state_dict()) + len(method.predictor.state_dict())
+    method.remember(model)
+    networks, out = nn.ModuleDict({"model": model, "method": method}), encoded(model)
+    before = method.previous(out.ids[:4], out.mask[:4])
+    assert torch.equal(before, old_vectors(model, out)) and not before.requires_grad
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=.01, weight_decay=.1)
     for step in range(10):
         optimizer.zero_grad()
-        parts.train()
+        networks.train()
         method.loss(encoded(model, seed=step)).backward()
         optimizer.step()
-    assert not frozen.training and all(p.grad is None for p in frozen.parameters())
-    assert all(torch.equal(before[name], x) for name, x in frozen.state_dict().items())
-    assert not torch.equal(before["head.weight"], model.head.weight)
+    assert torch.equal(method.previous(out.ids[:4], out.mask[:4]), before)
+    assert not torch.allclose(old_vectors(model, out), before, atol=.01)
     assert all(p.grad.any() for p in method.predictor.parameters())
+    assert all(name.startswith("predictor.") for name in method.state_dict())
 
 
 def test_what_is_remembered_does_not_move_the_second_view():
     """Detached in the method; the loss itself would give it a gradient."""
-    method, model = pnr(pseudo_weight=1.)
-    method.follow(model)
+    method, model = pnr()
+    method.remember(model)
     out = encoded(model)
     z, z2 = (x.detach().requires_grad_() for x in out.columns)
-    old = method.previous[0](out.ids[:4], out.mask[:4])
-    learned = pseudo_negative_nce(z, z2, old)
+    old = old_vectors(model, out)
     total = method.loss(replace(out, columns=[z, z2]))
-    found, expected = (torch.autograd.grad(loss, z2)[0] for loss in (total, learned))
+    found, expected = (torch.autograd.grad(loss, z2)[0] for loss in (
+        total, pseudo_negative_nce(z, z2, old)))
     assert torch.allclose(found, expected, atol=1e-7)
     remembered = pseudo_negative_nce(method.predictor(z), old, z2)
     assert torch.autograd.grad(remembered, z2)[0].any()
 
 
-def test_the_loss_belongs_to_the_method():
-    with pytest.raises(ValueError, match="--method pnr has a loss of its own, found --loss focal"):
-        check(Config(method="pnr", loss="focal"), 1)
+def test_the_prediction_for_a_sentence_does_not_depend_on_the_others_of_the_batch():
+    """Which is why it has LayerNorm: BatchNorm would let them in."""
+    method, _ = pnr()
+    x = torch.randn(5, 6)
+    assert torch.allclose(method.train().predictor(x)[:2], method.predictor(x[:2]), atol=1e-6)
+
+
+# ---- tasks ----------------------------------------------------------------------------------
+
+def corpus(name="a.txt", rows=64, columns=1):
+    texts = [[f"{name} {column} {i}" for i in range(rows)] for column in range(columns)]
+    return Corpus(name, texts, None, "", 0)
+
+
+def test_halves_are_told_apart_by_finding_the_other_half():
+    test = halves(["one two three four five", "six seven eight nine"])
+    assert test.twins == [("one two three four five", "one two three", "four five"),
+                          ("six seven eight nine", "six seven", "eight nine")]
+
+
+def test_a_sentence_belongs_to_one_corpus_and_to_training_or_probe():
+    """64 sentences, a tenth held out; of the 48 of b four are in a, and a tenth of the others."""
+    first, second = corpus("a.txt"), corpus("x/b.txt", rows=44)
+    second.columns[0][20:20] = first.columns[0][:4]
+    tasks, probes = tasks_of([first, second])
+    groups = [*({*task.columns[0]} for task in tasks),
+              *({whole for whole, *_ in test.twins} for test in probes.values())]
+    assert list(probes) == ["a", "b"]
+    assert all(not a & b for i, a in enumerate(groups) for b in groups[:i])
+    assert [len(group) for group in groups] == [58, 40, 6, 4]
+
+
+@pytest.mark.parametrize("long, probe", [(30, 3), (19, 7)])
+def test_a_probe_is_a_tenth_of_the_long_sentences_or_of_all_where_those_are_few(long, probe):
+    """70 sentences; long are those of eight words or more, whose halves say something."""
+    texts = [f"{i} is a row of eight words here" if i < long else f"{i}" for i in range(70)]
+    _, probes = tasks_of([Corpus("a", [texts], None, "", 0)])
+    asked = [whole for whole, *_ in probes["a"].twins]
+    assert len(asked) == probe and (long < 20 or all("row" in text for text in asked))
+
+
+@pytest.mark.parametrize("corpora, said", [
+    ([corpus(), corpus("x/a.txt")], "of different names, none of them called test, found a a"),
+    ([corpus(), corpus("x/test.txt")], "none of them called test, found a test"),
+    ([corpus(), corpus("b.txt", columns=3)], "without labels, found 3 columns in b.txt"),
+    ([corpus(), corpus("b.txt", rows=15)], "at least 20 sentences in b.txt beside its probe"),
+    ([corpus(), corpus("b.txt")], "keeps the last step of each task, found --dev stsb"),
+])
+def test_what_cannot_be_learned_in_turn_is_refused_in_a_sentence(corpora, said):
+    config = Config(method="pnr", dev="stsb", batch_size=8)
+    with pytest.raises(ValueError, match=said):
+        PNR.check(config, corpora, None)
+
+
+def test_the_settings_and_the_folder_of_a_run_name_all_its_corpora():
+    config = parse(["--method", "pnr", "--corpus", "wiki1m", "x/reviews.txt"])
+    assert config.corpus == ["wiki1m", "x/reviews.txt"]
+    assert parse(["--corpus", "wiki1m"]).corpus == "wiki1m"       # one stays a plain name
+    folder = default_folder(Config(method="pnr", corpus=config.corpus))
+    assert folder.name == "pnr-mini-wiki1m-reviews"
+
+
+# ---- whole runs -----------------------------------------------------------------------------
+
+FLAGS = dict(steps=3, learning_rate=1e-3, precision="fp32", device="cpu")
+KINDS = {"pnr": {}, "distillation": dict(pseudo_weight=0.),
+         "fine-tuning": dict(pseudo_weight=0., distillation_weight=0.)}
+
+
+@pytest.fixture(scope="module")
+def train(given, tmp_path_factory):
+    """train(out, ...): a run on two corpora of 48 sentences; its folder."""
+    top = tmp_path_factory.mktemp("runs")
+
+    def run(out, *, resume=False, **settings):
+        inputs = mincse.read_inputs(given("pnr", **FLAGS | settings))
+        mincse.run(inputs, inputs.config, top / out, resume=resume)
+        return top / out
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(train):
+    return {name: train(name, **settings) for name, settings in KINDS.items()}
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_sequence_leaves_a_model_and_a_matrix(runs):
+    folder = runs["pnr"]
+    found = results(folder)
+    matrix = found["matrix"]
+    assert list(matrix) == ["before", "after 1", "after later"]
+    assert all(set(row) == {"1", "later", "test"} for row in matrix.values())
+    learned = [[matrix[f"after {task}"][name] for name in ("1", "later")]
+               for task in ("1", "later")]
+    assert (found["average"], found["forgetting"]) == pytest.approx(what_is_left(learned))
+    assert matrix["before"]["test"] == pytest.approx(found["before"]["avg"])
+    assert matrix["after later"]["test"] == pytest.approx(found["test"]["avg"])
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["scores"] for line in lines] == [matrix["after 1"], matrix["after later"]]
+    assert {"plasticity_loss", "stability_loss"} <= lines[1].keys() - lines[0].keys()
+    text = (folder / "results.md").read_text()
+    assert " after later |" in text and "forgetting" in text
+    args = json.loads((folder / "args.json").read_text())["config"]
+    assert [name.rpartition("/")[2] for name in args["corpus"]] == ["1.txt", "later.txt"]
+
+
+def test_a_score_that_is_no_number_is_nan_in_the_matrix(given, runs):
+    """JSON has none, so metrics.jsonl says null."""
+    inputs = mincse.read_inputs(given("pnr", **FLAGS))
+    job = mincse.build(inputs, inputs.config)
+    text = (runs["pnr"] / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    lines[1]["scores"]["test"] = None
+    text, found = job.method.report(job, lines)
+    assert "nan |" in text and math.isnan(found["matrix"]["after later"]["test"])
+
+
+def test_the_first_task_is_the_same_for_all_and_then_they_part_ways(runs):
+    first = [results(folder)["matrix"]["after 1"] for folder in runs.values()]
+    assert first[0] == first[1] == first[2]
+    ends = [(folder / "model.safetensors").read_bytes() for folder in runs.values()]
+    assert len(set(ends)) == 3
+
+
+def test_with_both_weights_zero_it_is_simcse_on_each_corpus_in_turn(
+        train, given, tmp_path, monkeypatch):
+    """Two plain runs on what the tasks train on, the second from the folder of the first, with the
+    seed of its turn. Mean pooling has no head, of which a folder keeps nothing."""
+    def never(model):
+        raise AssertionError("a previous model is of no use here")
+    monkeypatch.setattr("papers.pnr.frozen", never)
+    folder = train("mean", pooling="mean", **KINDS["fine-tuning"])
+    paths, encoder = given("pnr")["corpus"], given("pnr")["encoder"]
+    tasks, _ = tasks_of([read_corpus(path) for path in paths])
+    for number, task in enumerate(tasks):
+        path = tmp_path / f"{number}.txt"
+        path.write_text("".join(f"{text}\n" for text in task.columns[0]))
+        inputs = mincse.read_inputs(given("simcse", **FLAGS, corpus=str(path), pooling="mean",
+                                          encoder=str(encoder), seed=42 + 1000 * number))
+        encoder = tmp_path / f"run-{number}"
+        mincse.run(inputs, inputs.config, encoder)
+    plain, found = (load_file(each / "model.safetensors") for each in (encoder, folder))
+    assert plain.keys() == found.keys() and all(torch.equal(plain[k], found[k]) for k in plain)
+
+
+def test_the_head_is_drawn_as_in_simcse(given):
+    """So that the first task is, with a head, what a plain run is."""
+    jobs = [mincse.build(inputs, inputs.config) for inputs in (
+        mincse.read_inputs(given("pnr")), mincse.read_inputs(given("simcse")))]
+    assert torch.equal(jobs[0].model.head.weight, jobs[1].model.head.weight)
+
+
+def test_a_task_goes_on_from_all_that_the_last_one_left(train, given, tmp_path, monkeypatch):
+    """Head and predictor too. Both take as many steps as the smaller corpus has in an epoch."""
+    first, later = given("pnr")["corpus"]
+    few = "\n".join(Path(later).read_text().splitlines()[:24])
+    (tmp_path / "few.txt").write_text(few)
+    turns, train_turn = [], mincse.train_turn
+
+    def spy(job, stop, rows, **plan):
+        before = {name: x.clone() for name, x in job.networks.state_dict().items()}
+        loss = train_turn(job, stop, rows, **plan)
+        after = {name: x.clone() for name, x in job.networks.state_dict().items()}
+        turns.append((job, rows, plan, before, after))
+        return loss
+    monkeypatch.setattr(mincse, "train_turn", spy)
+    train("spied", steps=0, corpus=[first, str(tmp_path / "few.txt")])
+    (_, rows1, plan1, _, left), (job, rows2, plan2, found, _) = turns
+    assert all(torch.equal(left[name], x) for name, x in found.items())
+    assert {"model.head.weight", "method.predictor.0.weight"} <= left.keys()
+    assert not job.optimizer.state and (plan1["number"], plan2["number"]) == (0, 1)
+    assert (len(rows1), len(rows2)) == (44, 22)                   # of 48 and 24
+    assert plan1["steps"] == plan2["steps"] == 22 // 8
+
+
+def test_stopped_in_the_second_task_it_begins_that_anew_and_ends_with_the_same_bits(
+        train, runs, stopped_in_turn, capsys):
+    assert stopped_in_turn(5, train, "parts") == 130
+    assert "stopped at step 1 of 2" in capsys.readouterr().err
+    parts = train("parts", resume=True)
+    for name in ("model.safetensors", "metrics.jsonl", "results.json"):
+        assert (parts / name).read_bytes() == (runs["pnr"] / name).read_bytes(), name
 
 
 # ---- measures -------------------------------------------------------------------------------
 
-def test_the_measures_of_transfer_on_the_worked_example():
-    """F: (80 - 74 + 72 - 70) / 2. BWT: (-6 - 2) / 2. FWT: (50 - 45 + 58 - 55) / 2."""
-    found = transfer([[80, 50, 60], [76, 72, 58], [74, 70, 81]], [33, 45, 55])
-    assert found == pytest.approx({"average": 75., "forgetting": 4., "backward": -4.,
-                                   "forward": 4., "plasticity": 233 / 3})
+def test_average_and_forgetting_on_the_worked_example():
+    """Forgotten: (80 - 74 + 72 - 70) / 2."""
+    assert what_is_left([[80, 50, 60], [76, 72, 58], [74, 70, 81]]) == pytest.approx((75, 4))
 
 
 def test_forgetting_counts_from_the_best_and_is_negative_where_later_tasks_helped():
-    climbing = [[10, 0, 0], [30, 20, 0], [20, 50, 5]]
-    found = transfer(climbing, [0, 0, 0])
-    assert found["forgetting"] == ((30 - 20) + (20 - 50)) / 2
-    assert found["backward"] == ((20 - 10) + (50 - 20)) / 2
+    _, forgetting = what_is_left([[10, 0, 0], [30, 20, 0], [20, 50, 5]])
+    assert forgetting == ((30 - 20) + (20 - 50)) / 2

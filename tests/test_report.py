@@ -1,15 +1,21 @@
-"""Tables from the records of runs: hand-worked figures, and what is refused."""
+"""Tables from the records of runs, worked by hand; luck by hand, by SciPy and by a slow loop."""
 
 import csv
 import json
-from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
-import report
+from eval_sts import spearman
+from tools import report
+from tools.report import Predictions, bootstrap, holm, sign_flip_p, spearmans
 
 ROOT = Path(__file__).parent.parent
+GOLD = [0., 1., 1., 2., 3., 4., 5., 5., 2., 3.]
+GOOD = [.1, .2, .3, .3, .4, .6, .9, .8, .2, .5]
+POOR = [.5, .4, .9, .1, .3, .6, .2, .8, .8, .7]
 
 
 @pytest.fixture
@@ -24,194 +30,275 @@ def run(tmp_path):
         shape = {"STS-B test": {"alignment": .1, "uniformity": -2.}}
         records = {
             "args.json": {"command": f"python mincse.py --seed {seed}", "config": config},
-            "env.json": {"corpus": {"sha256": "ab" * 32}, "gpu": None, "processor": "a chip",
-                         "threads": 2, "torch": "2.13"},
+            "env.json": {"gpu": None, "processor": "a chip", "threads": 2, "torch": "2.13"},
             "results.json": {"test": {"STS-B": average + 1, "SICK-R": average - 1, "avg": average},
                              "before": {"avg": 50.}, "dev": {"avg": 70.}, "best_step": 5,
                              "steps": 10, "geometry": shape, "geometry_before": shape}}
         for name, content in records.items():
             (folder / name).write_text(json.dumps(content))
-        row = {"loss": .5, "positive_cosine": .8, "negative_cosine": .1, "dev": {"avg": 70.}}
         (folder / "metrics.jsonl").write_text("".join(
-            json.dumps({"step": step} | row) + "\n" for step in (5, 10)))
-        (folder / "model.safetensors").write_bytes(b"large")
+            json.dumps({"step": step, "loss": .5, "dev": {"avg": 70.}}) + "\n" for step in (5, 10)))
         return folder
     return write
 
 
-def three_seeds(run, averages, **settings):
-    for seed, average in enumerate(averages):
-        run(seed, average, **settings)
+@pytest.fixture
+def groups(tmp_path):
+    """groups(): what the runs written so far are grouped to."""
+    return lambda: report.groups_of(report.find_runs([tmp_path]))
+
+
+@pytest.fixture
+def said(tmp_path, capsys):
+    """said(): what the program prints of the runs written so far."""
+    def typed():
+        report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
+        return capsys.readouterr().out
+    return typed
 
 
 # ---- groups ---------------------------------------------------------------------------------
 
-def test_seeds_of_one_experiment_are_one_group_wherever_they_ran(run, tmp_path):
+def test_seeds_of_one_experiment_are_one_group_wherever_they_ran(run, groups):
     run(0, 60.), run(1, 61., data="elsewhere", threads=1)
-    group, = report.groups_of(report.find_runs([tmp_path]))
+    group, = groups()
     assert group.name == "simcse" and group.averages == {0: 60., 1: 61.}
 
 
-def test_a_group_is_named_after_what_tells_it_from_its_likes(run, tmp_path):
+def test_a_group_is_named_after_what_tells_it_from_its_likes(run, groups):
     run(0, 60., steps=10), run(0, 61., steps=20), run(0, 62., method="is-cse", loss="focal")
-    names = [group.name for group in report.groups_of(report.find_runs([tmp_path]))]
-    assert sorted(names) == ["is-cse focal", "simcse, steps 10", "simcse, steps 20"]
+    assert sorted(group.name for group in groups()) == [
+        "is-cse focal", "simcse, steps 10", "simcse, steps 20"]
 
 
 @pytest.mark.parametrize("rates, first", [([1e-5], "simcse"),
                                           ([1e-5, 3e-5], "simcse, learning_rate 1e-05")])
-def test_simcse_stands_first(run, tmp_path, rates, first):
+def test_simcse_stands_first(run, groups, rates, first):
     run(0, 60., method="cards")
     for rate in rates:
         run(0, 61., learning_rate=rate)
-    assert report.groups_of(report.find_runs([tmp_path]))[0].name == first
+    assert groups()[0].name == first
 
 
-def test_an_unfinished_run_is_named_and_left_out(run, tmp_path, capsys):
+def test_what_a_method_does_not_read_and_what_an_older_version_lacked_tells_nothing_apart(
+        run, groups):
+    """Older records have the settings of all methods, and some that are gone: their usual value
+    is what is done now, another is not."""
+    run(0, 60., corpus=["x/wiki.txt", "y/reviews.txt"]), run(0, 61., corpus="x/wiki.txt")
+    run(1, 62., corpus="x/wiki.txt", order="in-turn", retrieved=3)
+    run(0, 63., corpus="x/wiki.txt", order="together"), run(0, 64., corpus="x/wiki.txt", steps=3)
+    assert {group.name: list(group.averages) for group in groups()} == {
+        "simcse, corpus wiki.txt reviews.txt, steps 0": [0],
+        "simcse, corpus wiki.txt, steps 0": [0, 1], "simcse, corpus wiki.txt, steps 3": [0],
+        "simcse, corpus wiki.txt, steps 0, order together": [0]}
+
+
+def test_what_is_not_finished_or_of_another_program_is_named_and_left_out(run, groups, capsys):
     run(0, 60.)
     (run(1, 61.) / "results.json").unlink()
-    assert len(report.find_runs([tmp_path])) == 1
-    assert "seed-1 is not finished: not in the table" in capsys.readouterr().err
-
-
-def test_sequences_federations_and_older_versions_are_told_apart_by_what_differs(run, tmp_path):
-    """A version that knew no --order had its default."""
-    run(0, 60., corpus=["x/wiki.txt", "y/reviews.txt"]), run(0, 61., corpus="x/wiki.txt")
-    run(1, 62., corpus="x/wiki.txt", order="in-turn"), run(0, 63., corpus="x/wiki.txt", steps=3)
-    groups = report.groups_of(report.find_runs([tmp_path]))
-    assert {group.name: list(group.averages) for group in groups} == {
-        "simcse, corpus wiki.txt reviews.txt, steps 0": [0],
-        "simcse, corpus wiki.txt, steps 0": [0, 1], "simcse, corpus wiki.txt, steps 3": [0]}
-
-
-def test_a_federation_without_cosines_of_positives_is_drawn_and_others_folders_are_left_out(
-        run, tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    folder, other = run(0, 60., method="fedrcl"), run(0, 61., method="pruned")
-    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "drift": 0.1}\n')
-    (other / "args.json").write_text('{"pruning": {}, "command": "python pruning.py x"}')
-    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "curves.png").is_file()
-    assert "is of pruning.py or pretrain.py: not in the table" in capsys.readouterr().err
-
-
-def test_the_curve_of_a_pre_training_starts_before_the_first_step_and_ends_at_the_last(
-        tmp_path, capsys):
-    pytest.importorskip("matplotlib")
-    for name, last in (("svd", 4.), ("random", 5.)):
-        folder = tmp_path / "runs" / name
-        folder.mkdir(parents=True)
-        (folder / "args.json").write_text('{"config": {"mask_rate": 0.2}, "command": "python"}')
-        (folder / "metrics.jsonl").write_text('{"step": 1, "tokens": 2000000, "loss": 9}\n'
-                                              '{"tokens": 4000000, "held_out_loss": 6.0}\n')
-        (folder / "results.json").write_text(json.dumps(
-            {"before": {"held_out_loss": 9.5}, "test": {"held_out_loss": last},
-             "tokens": 5_000_000}))
-    expected = [(0, 9.5), (4_000_000, 6.0), (5_000_000, 4.0)]
-    assert report.pretrained([tmp_path])["svd"] == expected
-    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert "| random |            5.0 |         5.000 |" in capsys.readouterr().out
-    assert (tmp_path / "out" / "pretraining.png").stat().st_size > 1000
-
-
-# ---- significance ---------------------------------------------------------------------------
-
-def test_differences_are_taken_seed_by_seed(run, tmp_path):
-    three_seeds(run, [60., 61., 62.])
-    run(1, 64., method="cards"), run(2, 64., method="cards"), run(7, 99., method="cards")
-    simcse, cards = report.groups_of(report.find_runs([tmp_path]))
-    assert report.paired(cards, simcse) == [3., 2.]
+    assert len(groups()[0].runs) == 1
+    assert "seed-1 is not in the table, as it has no results.json" in capsys.readouterr().err
 
 
 # ---- what is written ------------------------------------------------------------------------
 
-def test_the_table_by_hand(run, tmp_path):
-    three_seeds(run, [60., 61., 62.])
-    three_seeds(run, [62., 62., 65.], method="cards")
-    groups = report.groups_of(report.find_runs([tmp_path]))
-    assert report.rows_of(groups, groups[0]) == [
+def test_differences_are_taken_seed_by_seed(run, groups):
+    run(0, 60.), run(1, 61.), run(2, 62.)
+    run(1, 64., method="cards"), run(2, 64., method="cards"), run(7, 99., method="cards")
+    simcse, cards = groups()
+    assert report.paired(cards, simcse) == [3., 2.]
+
+
+def test_the_table_by_hand(run, groups):
+    for seed in range(3):
+        run(seed, 60. + seed), run(seed, [62., 62., 65.][seed], method="cards")
+    found = groups()
+    assert report.rows_of(found, found[0]) == [
         ["", "seeds", "steps", "STS-B", "SICK-R", "average", "against simcse", "p"],
         ["simcse", "3", "10", "62.00", "60.00", "61.00 ± 1.00", "", ""],
         ["cards", "3", "10", "64.00", "62.00", "63.00 ± 1.73", "+2.00", "0.25"]]
 
 
-def test_the_program_writes_tables_and_figures_and_keeps_records_without_weights(run, tmp_path,
-                                                                                 capsys):
+def test_the_program_writes_tables_and_figures(run, said, tmp_path):
     pytest.importorskip("matplotlib")
-    three_seeds(run, [60., 61., 62.])
-    out, kept = tmp_path / "out", tmp_path / "kept"
-    report.main([str(tmp_path / "runs"), "--out", str(out), "--keep", str(kept)])
-    assert (out / "results.md").read_text() == capsys.readouterr().out[:-1]
+    for seed in range(3):
+        run(seed, 60. + seed)
+    out, shown = tmp_path / "out", said()
+    assert (out / "results.md").read_text() == shown[:-1]
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert [(row["seed"], row["avg"], row["command"]) for row in rows] == [
-        (str(i), f"{60 + i}.0000", f"python mincse.py --seed {i}") for i in range(3)]
-    for name, kind in product(("averages", "dev", "geometry", "curves"), ("png", "svg")):
-        assert (out / f"{name}.{kind}").stat().st_size > 1000
-    assert {path.name for path in kept.rglob("*.*")} == set(report.RECORDS)
-    report.main([str(kept), "--out", str(tmp_path / "again")])
-    assert (tmp_path / "again" / "results.md").read_text() == (out / "results.md").read_text()
+        (str(i), f"{60 + i}.0", f"python mincse.py --seed {i}") for i in range(3)]
+    for name in ("averages", "dev", "geometry"):
+        assert (out / f"{name}.png").stat().st_size > 1000
 
 
-def test_it_reads_what_a_real_run_left(program, tmp_path, capsys):
+def test_the_curve_of_a_pre_training_starts_before_the_first_step_and_ends_at_the_last(
+        said, tmp_path):
+    pytest.importorskip("matplotlib")
+    for name, last in (("svd", 4.), ("random", 5.)):
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "args.json").write_text('{"config": {"mask_rate": 0.2}, "command": "python"}')
+        (folder / "env.json").write_text("{}")
+        (folder / "metrics.jsonl").write_text(
+            '{"tokens": 2000000, "loss": 9}\n{"tokens": 4000000, "held_out_loss": 6.0}\n'
+            f'{{"tokens": 5000000, "held_out_loss": {last}}}\n')
+        (folder / "results.json").write_text(json.dumps(
+            {"before": {"held_out_loss": 9.5}, "test": {"held_out_loss": last}}))
+    expected = [(0, 9.5), (4., 6.0), (5., 4.0)]
+    assert report.curve(report.read_run(tmp_path / "runs" / "svd")) == expected
+    assert "| random |            5.0 |         5.000 |" in said()
+    assert (tmp_path / "out" / "pretraining.png").stat().st_size > 1000
+
+
+def test_it_reads_what_a_real_run_left(program, said, tmp_path, capsys):
     program(out="runs/real/seed-0", seed=0)
     capsys.readouterr()
-    report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "runs/real/seed-0/results.json").read_text())["test"]
-    assert f"{found['avg']:.2f}" in capsys.readouterr().out
+    assert f"{found['avg']:.2f}" in said()
 
 
-@pytest.mark.parametrize("page", ["README.md", "RESULTS.md"])
-def test_the_table_of_both_pages_is_made_from_the_records_in_results(page):
-    groups = report.groups_of(report.find_runs([ROOT / "results" / "study"]))
-    table = report.as_markdown(groups, groups[0]).split("\n\n")[0]
+STUDY = [f"study/{name}" for name in ("cards", "debcse", "diffcse", "ifnd", "kdmcse", "sscl",
+                                      "twins")]
+
+
+@pytest.mark.parametrize("page, folders, baseline", [
+    ("README.md", ["study"], ""), ("docs/RESULTS.md", ["study"], ""),
+    ("docs/RESULTS.md", ["stand-in"], ""),
+    ("docs/RESULTS.md", ["ablations", *STUDY], "simcse, head train"),
+    ("docs/RESULTS.md", ["wiki1m/simcse-1500", "combination/nli"], "")])
+def test_the_tables_of_the_pages_are_made_from_the_records_in_results(page, folders, baseline):
+    groups = report.groups_of(report.find_runs([ROOT / "results" / name for name in folders]))
+    table = report.as_markdown(groups, report.pick_baseline(groups, baseline)).split("\n\n")[0]
     assert table in (ROOT / page).read_text(encoding="utf-8")
-
-
-def test_the_table_of_the_weaker_start_is_made_from_the_records_in_results():
-    groups = report.groups_of(report.find_runs([ROOT / "results" / "stand-in"]))
-    table = report.as_markdown(groups, groups[0]).split("\n\n")[0]
-    assert table in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-
-
-def test_the_table_of_ablations_is_made_from_the_records_in_results():
-    study = [ROOT / "results" / "study" / name
-             for name in ("cards", "debcse", "diffcse", "ifnd", "kdmcse", "sscl", "twins")]
-    groups = report.groups_of(report.find_runs([ROOT / "results" / "ablations", *study]))
-    table = report.as_markdown(groups, report.pick_baseline(groups, "simcse, head train"))
-    assert table.split("\n\n")[0] in (ROOT / "RESULTS.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("folder, pages", [
     ("wiki1m/simcse", ["README.md", "mini/README.md"]), ("wiki1m/simcse-1500", ["README.md"]),
-    ("combination/nli", ["README.md", "RESULTS.md"])])
+    ("combination/nli", ["README.md", "docs/RESULTS.md"])])
 def test_averages_that_are_told_in_a_sentence_are_those_of_the_records(folder, pages):
     group, = report.groups_of(report.find_runs([ROOT / "results" / folder]))
-    said = report.spread(list(group.averages.values()))
+    average = report.spread(list(group.averages.values()))
     for page in pages:
-        assert said in (ROOT / page).read_text(encoding="utf-8")
+        assert average in (ROOT / page).read_text(encoding="utf-8")
+
+
+# ---- luck with seeds ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("differences, p", [
+    ([1., 1., 1.], 2 / 8), ([1., 1., 1., 1., 1.], 2 / 32), ([3., -1.], 1.), ([0., 0.], 1.),
+    ([1., 2., -3.], 1.), ([4., 2., -1.], 4 / 8)])     # 4+2-1=5: also 4+2+1=7, and both mirrored
+def test_the_sign_flip_test_counts_by_hand(differences, p):
+    assert sign_flip_p(differences) == p
+
+
+def test_the_sign_flip_test_equals_scipys_permutation_test():
+    differences = [.3, -.1, .5, .2, .4, -.2]
+    found = stats.permutation_test((differences,), lambda x: sum(x), n_resamples=10**6,
+                                   permutation_type="samples", vectorized=False)
+    assert sign_flip_p(differences) == pytest.approx(found.pvalue)
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_falls():
+    assert holm([.01, .04, .03]) == pytest.approx([.03, .06, .06])
+    assert holm([.5, .9]) == [1., 1.] and holm([]) == []
+
+
+# ---- luck with pairs of sentences -----------------------------------------------------------
+
+def task(ours, theirs, *, sizes=(6, 4)) -> Predictions:
+    return Predictions(list(sizes), *map(np.array, (GOLD, ours, theirs)))
+
+
+def test_the_gain_on_the_test_itself_is_the_difference_of_spearmans():
+    expected = spearman(GOOD, GOLD) - spearman(POOR, GOLD)
+    assert task([GOOD], [POOR]).gain() == pytest.approx(expected)
+
+
+def test_sides_are_compared_by_the_mean_over_their_encoders():
+    """Mean of Spearmans, not Spearman of mean cosines; a side may have more encoders."""
+    alone = [task([ours], [POOR]).gain() for ours in (GOOD, GOLD)]
+    assert task([GOOD, GOLD], [POOR]).gain() == pytest.approx(sum(alone) / 2)
+
+
+def test_a_collapsed_encoder_scores_nothing():
+    assert spearmans(np.array(GOLD), np.array([GOLD, [.5] * 10])) == pytest.approx([1, 0])
+
+
+def test_every_draw_has_the_size_of_the_test_subset_by_subset():
+    rng = np.random.default_rng(0)
+    draws = np.array([task([GOOD], [POOR]).draw(rng) for _ in range(3000)])
+    assert ((draws[:, :6] < 6) & (draws[:, :6] >= 0)).all() and (draws[:, 6:] >= 6).all()
+    assert np.bincount(draws.flatten()) / 3000 == pytest.approx(np.ones(10), abs=.1)
+
+
+def test_interval_and_p_equal_a_loop_over_drawn_tests():
+    """Two tasks, drawn one after the other from the same generator; SciPy ranks the pairs."""
+    tasks = {"a": task([GOOD], [POOR]), "b": task([POOR], [GOLD], sizes=[10])}
+    rng, gains = np.random.default_rng(3), []
+    for _ in range(200):
+        both = []
+        for ours, theirs, sizes in ((GOOD, POOR, (6, 4)), (POOR, GOLD, (10,))):
+            rows, start = [], 0
+            for size in sizes:
+                rows += list(start + rng.integers(size, size=size))
+                start += size
+            gold, x, y = ([values[i] for i in rows] for values in (GOLD, ours, theirs))
+            both.append(100 * (stats.spearmanr(x, gold)[0] - stats.spearmanr(y, gold)[0]))
+        gains.append([*both, sum(both) / 2])
+    found = bootstrap(tasks, draws=200, seed=3)
+    for name, column in zip(("a", "b", "avg"), np.array(gains).T):
+        _, low, high, p = found[name]
+        assert [low, high] == pytest.approx(np.percentile(column, [2.5, 97.5]))
+        assert p == max(1 / 200, min(1, 2 * min((column <= 0).mean(), (column >= 0).mean())))
+
+
+def test_of_one_encoder_twice_nothing_is_gained_and_turned_around_only_the_sign_changes():
+    assert bootstrap({"a": task([GOOD], [GOOD])}, draws=50)["avg"] == (0., 0., 0., 1.)
+    gain, low, high, p = bootstrap({"a": task([GOOD], [POOR])}, draws=50)["a"]
+    turned = bootstrap({"a": task([POOR], [GOOD])}, draws=50)["a"]
+    assert turned == pytest.approx((-gain, -high, -low, p))
+
+
+def test_p_is_never_below_one_in_as_many_draws():
+    opposite = [-value for value in GOLD]
+    assert bootstrap({"a": task([GOLD], [opposite])}, draws=40)["a"][3] == 1 / 40
+
+
+def test_as_typed_it_prints_gain_interval_and_p(tiny, pairs, capsys):
+    report.main([str(tiny), str(tiny), "--against", str(tiny), str(tiny), "--test", str(pairs),
+                 "--draws", "5"])
+    shown = capsys.readouterr().out
+    assert "| avg   | +0.00 | +0.00 | +0.00 | 1.0000 |" in shown
 
 
 # ---- what is refused ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("damage, code, said", [
-    (lambda folder: (folder / "results.json").write_text("{"), 3, "expected the records of a run"),
-    (lambda folder: (folder / "env.json").unlink(), 3, "env.json"),
-    (lambda folder: (folder / "args.json").write_text('{"config": 3, "command": ""}'), 3,
-     "expected the records of a run"),
-    (lambda folder: (folder / "args.json").unlink(), 3, "expected a finished run")])
-def test_damaged_records_end_with_a_sentence(run, tmp_path, capsys, damage, code, said):
-    damage(run(0, 60.))
+@pytest.mark.parametrize("name, content, code, text", [
+    ("results.json", "{", 3, "expected the records of a run"),
+    ("args.json", '{"config": 3, "command": ""}', 3, "expected the records of a run"),
+    ("env.json", None, 3, "it has no env.json"), ("args.json", None, 3, "expected a finished run")])
+def test_damaged_records_end_with_a_sentence(run, tmp_path, capsys, name, content, code, text):
+    path = run(0, 60.) / name
+    path.unlink() if content is None else path.write_text(content)
     with pytest.raises(SystemExit) as refused:
         report.main([str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    assert refused.value.code == code and said in capsys.readouterr().err
+    assert refused.value.code == code and text in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_not_there_a_wrong_baseline_and_mixed_tests(run, tmp_path, capsys):
-    run(0, 60.), run(1, 60., test="docs")
-    for argv, code, said in ([["no/such"], 3, "found nothing there"],
-                             [[str(tmp_path), "--baseline", "cards"], 2, "expected one of 'simcse"],
-                             [[str(tmp_path)], 2, "the same --test, found sts in "]):
-        with pytest.raises(SystemExit) as refused:
-            report.main([*argv, "--out", str(tmp_path / "out")])
-        assert refused.value.code == code and said in capsys.readouterr().err
+@pytest.mark.parametrize("flags, code, text", [
+    (["no/such"], 3, "found no folder there"),
+    (["RUNS/x", "--baseline", "cards"], 2, "expected one of 'simcse"),
+    (["RUNS"], 2, "the same --test, found sts in "),
+    (["RUNS/x", "RUNS/x"], 2, "found a seed twice with the same settings"),
+    (["TINY", "--against", "TINY", "--test", "docs"], 2, "scored pairs, found docs"),
+    (["TINY", "--against", "TINY", "--draws", "0"], 2, "expected 1 or more, found 0"),
+    (["TINY", "--against", "TINY", "--test", "none.tsv"], 3, "found nothing there")])
+def test_a_wrong_use_is_refused_with_one_sentence(run, tiny, tmp_path, capsys, flags, code, text):
+    run(0, 60., corpus="x"), run(1, 60., test="docs", corpus="y")
+    typed = [flag.replace("RUNS", str(tmp_path / "runs")).replace("TINY", str(tiny))
+             for flag in flags]
+    with pytest.raises(SystemExit) as refused:
+        report.main([*typed, "--out", str(tmp_path / "out")])
+    assert refused.value.code == code and text in capsys.readouterr().err

@@ -15,28 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import mincse
-import runs
-from papers import METHODS
+from engine import run_folder
+from engine.flags import program as with_exit_code
 
 HERE = Path(__file__).parent
-
-# What each method needs to run on sixteen documents of six sentences, beyond the usual flags.
-NEEDS = {
-    "simcse": {"positives": "crop", "mlm_weight": .1, "encoder": "lm"},
-    "is-cse": {"buffer_size": 20, "neighbours": 3},
-    "infocse": {"annotation_rounds": 3, "annotation_quantile": .5},
-    "sscl": {"layers_as_negatives": 1},
-    "kdmcse": {"teacher": "vectors"},
-    "twins": {"teacher": "lm"},
-    "diffcse": {"encoder": "lm"},
-    "cards": {"retrieve_from": 8},
-    "debcse": {"teacher": "lm", "epochs": 2},
-    "ifnd": {"cluster_rounds": 3},
-    "core-tuning": {"corpus": "couples"},
-    "fedrcl": {"levels": 2, "classes": 4},
-}
-
 
 def bits(folder):
     return (folder / "model.safetensors").read_bytes()
@@ -49,46 +31,7 @@ def log(folder, *without):
             for line in lines]
 
 
-@pytest.fixture(scope="session")
-def documents(tmp_path_factory):
-    """Sixteen documents of six sentences of seven words."""
-    path = tmp_path_factory.mktemp("documents") / "documents.txt"
-    who = ["the dog", "a cat", "my owl", "an elk"]
-    where = ["in the old house", "by the sea", "at the long wall", "on a hill"]
-    does = ["runs fast", "sees us", "eats bread", "reads books", "sings well", "sleeps on"]
-    path.write_text("\n".join("".join(f"{a} {c} {b} today.\n" for c in does)
-                              for a in who for b in where))
-    return path
-
-
-# ---- going on -------------------------------------------------------------------------------
-
-# pnr learns corpora one after the other: tests/test_regimes.py stops it.
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "pnr"])
-def test_ten_steps_are_five_and_a_resume_and_five_to_the_last_bit(
-        method, program, stopped, documents, pairs, tiny_lm, tmp_path):          # noqa: F811
-    """A new method must say in NEEDS what it needs. infocse stops inside its third round, that of
-    steps 6 and 7, after two annotations."""
-    numpy.save(tmp_path / "vectors.npy",
-               numpy.random.default_rng(0).standard_normal((96, 8), numpy.float32))
-    lines = documents.read_text().split("\n")
-    (tmp_path / "couples.tsv").write_text("".join(
-        f"{a}\t{a.upper()} {b}\n" for a, b in zip(lines, lines[1:]) if a and b))
-    stand_for = {"lm": tiny_lm, "vectors": tmp_path / "vectors.npy",
-                 "couples": tmp_path / "couples.tsv"}
-    flags = {"method": method, "corpus": documents, "steps": 10, "dev": pairs, "dev_every": 3,
-             **{name: stand_for.get(value, value) for name, value in NEEDS[method].items()}}
-    whole = program(out="whole", **flags)
-    assert stopped(6 if method == "infocse" else 5, program, out="parts", **flags) == 130
-    if method == "infocse":
-        state = torch.load(tmp_path / "parts" / "state.pt", weights_only=True)
-        assert state["parts"]["method.annotations"] == 2
-    parts = program("--resume", out="parts", **flags)
-    assert bits(whole) == bits(parts)
-    # The mean loss of the stretch in which the run was stopped is that of its rest.
-    assert log(whole, "loss") == log(parts, "loss")
-    assert (whole / "results.json").read_text() == (parts / "results.json").read_text()
-
+# ---- going on: that every paper does, bit by bit, is in test_papers.py -----------------------
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_either_signal_saves_the_state_and_has_its_exit_code(
@@ -141,7 +84,7 @@ def test_a_setting_that_changes_the_numbers_is_named(setting, program, stopped, 
         program("--resume", **setting)
     flag = "--" + next(iter(setting)).replace("_", "-")
     assert refused.value.code == 2
-    assert f"was started with {flag} " in capsys.readouterr().err
+    assert re.search(f"was started with {flag} .*, found ", capsys.readouterr().err)
 
 
 def test_a_run_may_go_on_with_other_threads(program, stopped):
@@ -167,11 +110,11 @@ def test_a_model_that_the_state_does_not_know_of_never_takes_the_place_of_the_be
             raise KeyboardInterrupt
         saved(folder, state, *rest)
 
-    flags, saved, out = {"steps": 6, "dev_every": 2}, runs.save_state, tmp_path / "run"
+    flags, saved, out = {"steps": 6, "dev_every": 2}, run_folder.save_state, tmp_path / "run"
     whole = program(out="whole", **flags)
     stopped(2, program, out="two", **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(runs, "save_state", save_or_die)
+        patch.setattr(run_folder, "save_state", save_or_die)
         program(**flags)
     assert (out / ".best-4").exists() and bits(out) == bits(tmp_path / "two") != bits(whole)
     assert bits(program("--resume", **flags)) == bits(whole)
@@ -188,7 +131,7 @@ def test_a_model_that_the_state_calls_the_best_is_put_in_its_place_even_if_half_
     for name in ("model.safetensors", "1_Pooling/config.json"):
         (out / name).rename(out / ".best-4" / name)
     (out / "model.safetensors").write_bytes(b"that of step 2")
-    runs.clear_after(out, runs.State(step=4, best_step=4))
+    run_folder.clear_after(out, run_folder.State(step=4, best_step=4))
     assert bits(out) == four and (out / "1_Pooling" / "config.json").exists()
 
 
@@ -234,7 +177,7 @@ def test_a_full_disk_ends_with_one_sentence_and_the_last_state_whole(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        code = mincse.program(again)
+        code = with_exit_code(again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import data
 from eval_sts import read_test
-from folders import ENCODER, load
+from engine.encoders import ENCODER, load
 from losses import info_nce
 from model import encode
 
@@ -55,8 +55,8 @@ def test_a_step_without_padding_is_the_padded_step_of_transformers(step, tiny):
                                           max_tokens=32)
     hidden = reference(input_ids=ids, attention_mask=mask.long()).last_hidden_state
     anchor, positive = hidden[:, 0].chunk(2)
-    likeness = F.cosine_similarity(anchor[:, None], positive, dim=-1) / 0.05        # (B, B)
-    expected = F.cross_entropy(likeness, torch.arange(len(TEXTS)))
+    similarity = F.cosine_similarity(anchor[:, None], positive, dim=-1) / 0.05        # (B, B)
+    expected = F.cross_entropy(similarity, torch.arange(len(TEXTS)))
     expected.backward()
     loss, gradients = step(TEXTS)
     close(loss, expected.detach())

@@ -1,0 +1,42 @@
+"""
+How are scores shown? Markdown tables, and JSON without NaN.
+"""
+
+import math
+
+
+def table(rows: dict[str, dict[str, float]], *, digits: int = 2) -> str:
+    """Markdown: one row per name, one column per task, and the average of several tasks."""
+    tasks = list(next(iter(rows.values())))
+    tasks = tasks if len(tasks) > 3 else [task for task in tasks if task != "avg"]
+    return markdown([["", *tasks], *([name, *(f"{row[task]:.{digits}f}" for task in tasks)]
+                                     for name, row in rows.items())])
+
+
+def markdown(lines: list[list[str]], *, first=str.rjust) -> str:
+    """Cells as a Markdown table, the first line being its head; `first` justifies the names."""
+    lines = [lines[0], ["---", *("--:" for _ in lines[0][1:])], *lines[1:]]
+    width = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("| " + " | ".join([first(line[0], width[0]), *(
+        cell.rjust(w) for cell, w in zip(line[1:], width[1:]))]) + " |" for line in lines)
+
+
+def scores_text(result, *, verbose: bool = False) -> str:
+    """What a test found, as Markdown: a line for each convention, then the geometry."""
+    rows = {"all": result.scores} | ({"mean": result.mean} if result.mean else {})
+    parts = [table(rows if result.mean else {"doc twins": result.scores})]
+    if verbose:
+        parts += [f"{task}\n\n" + table({"rho": subsets})
+                  for task, subsets in result.subsets.items()]
+    parts += [f"alignment {shape['alignment']:.3f}, uniformity {shape['uniformity']:.3f} on {name}"
+              for name, shape in result.geometry.items()]
+    return "\n\n".join(parts)
+
+
+def plain(value):
+    """JSON has no NaN or infinity: a figure that could not be computed is null there."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,127 @@
+"""
+CARDS: each sentence learns to differ from the sentences of the corpus that look most like it.
+
+Unlike SimCSE: the positive may begin some words in the other case, and sentences from the whole
+corpus join the batch as negatives.
+
+    prepare   the K nearest of every sentence, for the encoder as it was given and mean pooling
+    views     the sentence, its positive, and s of its K nearest, drawn anew at every step
+    loss      InfoNCE of the anchors among all positives and all that the batch retrieved
+
+Wang, Ge, Zhang, Yang: SIGIR 2022, arXiv 2206.02457. After the authors' code, which does otherwise:
+its K counts the sentence itself (65 and 9); it makes positives of decoded tokens, not of the text
+as it was read; it knows an anchor among the retrieved by its row number, we know it by its tokens;
+and it can search again during training, though by default it does not. Ours: texts that differ by
+case and white space only are one text.
+
+A step costs 1 + s/2 of SimCSE's. The search costs an encoding of the corpus and 2·N²·D operations.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Corpus
+from engine.flags import Row, flag
+from model import EncoderConfig, SentenceEncoder
+from papers import settings
+from papers.corpus import index, nearest_others, text_numbers
+from papers.simcse import Encoded, SimCSE
+
+
+@dataclass(frozen=True)
+class Config(settings.Config):
+    retrieved: int = flag(1, "cards", "negatives drawn for a sentence, s (their README)", least=0)
+    retrieve_from: int = flag(64, "cards", "nearest sentences that they are drawn from, K (recipe)",
+                              least=1)
+
+
+# The neighbours that were found last. The seeds of one command start from the same encoder, so they
+# share them. Only one table is kept, as it may take 240 MB.
+FOUND: dict[tuple, Tensor] = {}
+
+
+class CARDS(SimCSE):
+    """Retrieved sentences are encoded with the batch, as they were read, and with gradient."""
+    Config = Config
+    rows = [Row("--method cards", "case-switched positives, nearest sentences as negatives",
+                "Wang, Ge, Zhang, Yang: CARDS. SIGIR 2022, arXiv 2206.02457",
+                "RoBERTa-base 78.83, -large 80.84 (their released models; none for BERT)")]
+    recipes = {                                                   # their README, for RoBERTa
+        "base": dict(positives="switch-case", rate=0.05),
+        "large": dict(positives="switch-case-quota", rate=0.1, retrieve_from=8),
+        "roberta-base": dict(batch_size=512, learning_rate=4e-5),
+        "roberta-large": dict(batch_size=512, learning_rate=7.5e-6),
+        "small": dict(positives="switch-case", rate=0.05),        # ours
+    }
+    columns_taken = (1,)
+    hard_negatives = True             # --hard-negative-weight is e^β of the authors' code
+    toy = dict(retrieve_from=8)
+
+    @classmethod
+    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+        if config.retrieved > config.retrieve_from:
+            raise ValueError(f"--retrieved {config.retrieved} must be at most --retrieve-from "
+                             f"({config.retrieve_from}), of which they are drawn")
+
+    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        self.number = text_numbers(corpus.columns[0]).tolist()    # row -> its text
+        first = {}
+        for number, text in zip(self.number, corpus.columns[0]):
+            first.setdefault(number, text)
+        self.texts = list(first.values())
+        if config.retrieved and config.retrieve_from >= len(self.texts):
+            raise ValueError(f"--retrieve-from {config.retrieve_from}: expected at most "
+                             f"{len(self.texts) - 1}, as {config.corpus} has {len(self.texts)} "
+                             "different sentences: give a lower one, or a larger corpus")
+        nearest = torch.zeros(len(self.texts), config.retrieve_from, dtype=torch.int32)
+        self.register_buffer("nearest", nearest)                  # (N, K)
+
+    def prepare(self, encode: Callable) -> None:
+        if not self.config.retrieved:
+            return
+        key = (self.corpus.sha256, len(self.texts), self.config.encoder,
+               self.config.retrieve_from, self.config.max_tokens)
+        if key not in FOUND:
+            ask = partial(encode, pooling="mean", max_tokens=self.config.max_tokens)
+            table = nearest_others(index(ask, self.texts), self.config.retrieve_from,
+                                   device=self.nearest.device)
+            FOUND.clear()
+            FOUND[key] = table
+        self.nearest.copy_(FOUND[key])
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        near = self.nearest[[self.number[row] for row in rows]].tolist()            # B x K
+        picks = [rng.sample(numbers, self.config.retrieved) for numbers in near]    # B x s
+        retrieved = [[self.texts[number] for number in column] for column in zip(*picks)]
+        return super().views(rows, rng) + retrieved
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        batch, (anchor, positive, *retrieved) = len(out.anchor), out.columns
+        if not retrieved:
+            return self.contrast(out)
+        weight = candidate_weight(out.ids[:batch], out.ids[2 * batch :],
+                                  alpha=self.config.hard_negative_weight)
+        own = torch.stack([F.cosine_similarity(anchor, column) for column in retrieved])
+        # The cosine to the own retrieved negatives soon falls, or something is wrong.
+        self.terms = {"retrieved_cosine": own.mean().detach()}
+        return self.loss_of(anchor, torch.cat([positive, *retrieved]), weight=weight)
+
+
+def candidate_weight(anchors: Tensor, retrieved: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """How much each candidate counts: (B, T) anchors, (s·B, T) retrieved -> (B, B + s·B).
+
+    Positives and what other anchors retrieved count 1, what the anchor itself retrieved α. A
+    retrieved text that has the anchor's tokens, all of them, is no negative and counts 0.
+    """
+    batch, each = len(anchors), len(retrieved) // len(anchors)
+    own = torch.eye(batch, device=anchors.device).repeat(1, each)                   # (B, s·B)
+    itself = (anchors[:, None] == retrieved).all(dim=-1)                            # (B, s·B)
+    weight = (1 + (alpha - 1) * own).masked_fill(itself, 0)
+    return torch.cat([torch.ones_like(weight[:, :1]).expand(-1, batch), weight], dim=1)

@@ -1,0 +1,276 @@
+"""
+InfoCSE: the encoder finds its own positives inside documents, and learns to find better ones.
+
+Unlike SimCSE: a positive may be another sentence, of the same cluster of the same document.
+    rounds    R + 1 rounds of as many steps on documents of their own; the first is plain SimCSE
+    refresh   before each later round, the encoder finds clusters and pairs in its documents
+    views     the positive is the sentence itself, or one that it makes a positive pair with
+    loss      no sentence is a negative of its own cluster or of an equal text
+
+In the style of Yang, Liu, Xiao, Lian, Wu, Lian, Sun, Xie: arXiv 2202.13802. Their abstract has the
+idea that annotation and representation improve each other; a summary by others has the clusters
+inside documents. Neither full text nor code could be had, so all else is ours. The InfoCSE of Wu
+et al. (arXiv 2210.06432) is another method.
+A step costs as much as one of SimCSE; with R = 3, all annotations add an eighth to the run.
+"""
+
+import math
+import random
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Corpus
+from engine.flags import Row, flag
+from model import SentenceEncoder
+from papers import settings
+from papers.corpus import text_numbers, words_of
+from papers.simcse import Encoded, SimCSE
+
+
+@dataclass(frozen=True)
+class Config(settings.Config):
+    annotation_rounds: int = flag(3, "infocse", "R, rounds with positive pairs (ours)", least=1)
+    annotator: str = flag("current", "infocse", "encoder that finds pairs: as it is before each "
+                          "round, or frozen after the first (ours)", ["current", "frozen"])
+    annotation_quantile: float = flag(0.9, "infocse", "quantile of the cosines inside documents "
+                                      "where positive pairs begin (recipe)", least=0, below=1)
+    largest_cluster: int = flag(8, "infocse", "sentences in a cluster, at most (ours)", least=2,
+                                why=", since one sentence makes no pair")
+    twin_rate: float = flag(0.5, "infocse", "ρ, probability that a sentence with positive pairs "
+                            "is its own positive (ours)", least=0, most=1)
+    mate_temperature: float = flag(0.1, "infocse", "τ_s, temperature of the draw (ours)", above=0)
+
+
+LOGGED = ("threshold", "coverage", "agreement")
+
+
+class Annotation(NamedTuple):
+    """Which sentences of some documents belong together, according to an encoder."""
+    threshold: float                                              # of the cosine of a pair
+    coverage: float                                               # share of rows that are in a pair
+    cluster: dict[int, int]                                       # row -> first row of its cluster
+    pairs: dict[tuple[int, int], float]                           # rows i < j -> cosine
+
+
+class InfoCSE(SimCSE):
+    """The positive of i is i itself with probability ρ, else the j of a positive pair (i, j):
+
+        j ~ softmax_j(cos(z_i, z_j) / τ_s)
+    """
+    Config = Config
+    rows = [Row("--method infocse", "the model annotates its own positives, inside documents",
+                "Yang, Liu, Xiao, Lian, Wu, Lian, Sun, Xie: arXiv 2202.13802",
+                "none verified; the algorithm is ours, after the abstract")]
+    recipes = {"small": dict(batch_size=128, annotation_quantile=0.95)}   # ours: a weaker encoder
+    toy = dict(annotation_rounds=2, annotation_quantile=0.5)
+    columns_taken = (1,)
+
+    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        lines, K = corpus.columns[0], config.largest_cluster - 1
+        self.documents = find_documents(lines, corpus.documents)  # the rows of each
+        few = min(2000, math.ceil(len(self.documents) / 10))
+        self.probe = list(chain(*random.Random(config.seed).sample(self.documents, few)))
+        self.register_buffer("text", text_numbers(lines), persistent=False)         # (N,)
+        self.register_buffer("cluster", torch.arange(len(lines)))                   # (N,)
+        self.register_buffer("paired", torch.zeros(len(lines), K, dtype=torch.int32))   # (N, K)
+        self.register_buffer("chance", torch.zeros(len(lines), K))                  # (N, K)
+        self.register_buffer("annotations", torch.tensor(0))
+        self.register_buffer("logged", torch.full((len(LOGGED),), math.nan))
+
+    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+        """Documents in random order, in every pass another, cut into R + 1 rounds."""
+        batch, count = self.config.batch_size, min(self.config.annotation_rounds + 1, steps)
+        rows = []
+        for number in range(math.ceil(steps * batch / len(self.corpus))):
+            rng = random.Random(f"{self.config.seed} {number}")
+            rows += chain(*rng.sample(self.documents, len(self.documents)))
+        ends = [steps * number // count for number in range(count + 1)]
+        return [(end - begin, rows[begin * batch : end * batch])
+                for begin, end in zip(ends, ends[1:])]
+
+    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+        """Annotate the documents of these rows, and a probe that shows how much has changed."""
+        if self.config.annotator == "frozen":                     # all, once and for all
+            if self.annotations:
+                return
+            rows = range(len(self.corpus))
+        asked = {*rows, *self.probe}
+        found = annotate(self.corpus.columns[0],
+                         [each for each in self.documents if not asked.isdisjoint(each)],
+                         partial(encode, max_tokens=self.config.max_tokens),
+                         quantile=self.config.annotation_quantile,
+                         largest=self.config.largest_cluster, seed=self.config.seed)
+        rows, before = list(found.cluster), self.cluster[self.probe]
+        table = pair_table(found.pairs, rows, width=self.paired.shape[1],
+                           temperature=self.config.mate_temperature)
+        for kept, new in zip((self.cluster, self.paired, self.chance),
+                             (torch.tensor(list(found.cluster.values())), *table)):
+            kept[rows] = new.to(kept)
+        agreed = adjusted_rand(before, self.cluster[self.probe]) if self.annotations else math.nan
+        self.annotations += 1
+        self.logged.copy_(torch.tensor([found.threshold, found.coverage, agreed]))
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        anchors, positives = super().views(rows, rng)
+        known = zip(self.paired[rows].tolist(), self.chance[rows].tolist())
+        for place, (paired, chance) in enumerate(known):
+            if any(chance) and rng.random() >= self.config.twin_rate:
+                positives[place] = self.corpus.columns[0][rng.choices(paired, chance)[0]]
+        return [anchors, positives]
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        differ = [x[out.rows, None] != x[out.rows] for x in (self.cluster, self.text)]   # (B, B)s
+        weight = (differ[0] & differ[1]).fill_diagonal_(True).to(out.anchor.dtype)
+        return self.loss_of(out.anchor, out.positive, weight=weight)
+
+    def logs(self) -> dict[str, float]:
+        """`agreement`: adjusted Rand index of a probe's clusters with those found before."""
+        return {name: x for name, x in zip(LOGGED, self.logged.tolist()) if not math.isnan(x)}
+
+
+def is_title(line: str) -> bool:
+    """At most 8 words and no mark of an end: how the titles of articles look in SimCSE's file."""
+    return len(line.split()) <= 8 and line[-1] not in '.!?")'
+
+
+def can_be_paired(line: str) -> bool:
+    """No title, fragment or list: those have the highest similarities, and teach nothing."""
+    return 6 <= len(line.split()) <= 64 and not is_title(line)
+
+
+def find_documents(lines: list[str], documents: list[int] | None) -> list[range]:
+    """The rows of each document, cut after 64; where no numbers tell, a title begins one.
+
+    Fewer titles than one in 200 lines are taken to mean that the lines are shuffled.
+    """
+    titles = list(map(is_title, lines))
+    if documents is None and 200 * sum(titles) < len(lines):
+        raise ValueError(
+            "--method infocse seeks positives inside documents: expected blank lines between them, "
+            f"or lines in order with titles, found {sum(titles)} titles in {len(lines)} lines, so "
+            "they seem shuffled: use another --corpus, such as a .txt with blank lines")
+    begins = [0]
+    for row in range(1, len(lines)):
+        new = titles[row] if documents is None else documents[row] != documents[row - 1]
+        if new or row - begins[-1] == 64:
+            begins.append(row)
+    return [range(*ends) for ends in zip(begins, begins[1:] + [len(lines)])]
+
+
+def annotate(lines: list[str], documents: list[range], encode: Callable, *, quantile: float,
+             largest: int = 8, seed: int = 0) -> Annotation:
+    """Cluster the sentences of each document, and find the positive pairs of each cluster.
+
+    With more than 60 % of the rows in a pair, the threshold was too low: the quantile rises once.
+    With fewer than 1 %, no pair is kept, so that training goes on as in SimCSE.
+    """
+    rows = [[row for row in document if can_be_paired(lines[row])] for document in documents]
+    x = F.normalize(encode([lines[row] for each in rows for row in each]), dim=-1)  # (N, D)
+    similarities = [(y @ y.mT).numpy() for y in x.split([len(each) for each in rows])]
+    rng = np.random.default_rng(seed)                             # leaves the global one alone
+    within = np.concatenate([s[np.triu_indices(len(s), 1)] for s in similarities])
+    within = rng.choice(within, 2_000_000, replace=False) if len(within) > 2_000_000 else within
+    across = cosines_across(x, rows, rng)
+    for raised in (quantile, min(quantile + 0.03, 1)):
+        threshold = similarity_threshold(within, across, quantile=raised)
+        cluster, pairs = {row: row for document in documents for row in document}, {}
+        for each, similarity in zip(rows, similarities):
+            names = average_linkage(similarity, threshold=threshold, largest=largest)
+            cluster |= {row: each[name] for row, name in zip(each, names)}
+            pairs |= positive_pairs(lines, each, names, similarity, threshold=threshold)
+        coverage = len({*chain(*pairs)}) / len(cluster)
+        if coverage <= 0.6:
+            break
+    if coverage < 0.01:
+        warnings.warn(f"infocse: only {coverage:.2%} of the sentences are in a positive pair, so "
+                      "this round is SimCSE: try a lower --annotation-quantile")
+        cluster, pairs = {row: row for row in cluster}, {}
+    return Annotation(threshold, coverage, cluster, pairs)
+
+
+def cosines_across(x: Tensor, rows: list[list[int]], rng: np.random.Generator) -> np.ndarray:
+    """Cosines of sentences of two documents, of which 100,000 pairs are drawn."""
+    document = np.repeat(np.arange(len(rows)), [len(each) for each in rows])        # (N,)
+    i, j = rng.integers(max(len(x), 1), size=(2, 100_000 if len(x) else 0))
+    apart = document[i] != document[j]
+    return (x[i[apart]] * x[j[apart]]).sum(dim=-1).numpy()
+
+
+def similarity_threshold(within: np.ndarray, across: np.ndarray, *, quantile: float) -> float:
+    """From which cosine on two sentences of a document may be a positive pair.
+
+        δ = max(the quantile of cosines within documents, mean + 3 std of those across), in 0..0.95
+
+    It has no scale of its own: it follows the encoder, whose cosines shrink as it learns.
+    """
+    floor = across.mean() + 3 * across.std() if len(across) else 0.0
+    usual = np.quantile(within, quantile) if len(within) else 1.0
+    return float(np.clip(max(usual, floor), 0.0, 0.95))
+
+
+def average_linkage(similarity: np.ndarray, *, threshold: float, largest: int = 8
+                    ) -> np.ndarray:                              # (N, N) -> (N,)
+    """Merge the two clusters with the highest mean similarity, again and again.
+
+        S(A ∪ B, C) = (|A| S(A, C) + |B| S(B, C)) / (|A| + |B|)
+
+    Until no two with a mean of `threshold` or more fit into `largest` members. A cluster is named
+    after its first member; of equal means the first in reading order is merged first.
+    """
+    n = len(similarity)
+    s, sizes, name = np.array(similarity, np.float64), np.ones(n), np.arange(n)
+    while (fits := np.triu((sizes[:, None] + sizes <= largest) & (s >= threshold), 1)).any():
+        a, b = divmod(int(np.where(fits, s, -np.inf).argmax()), n)
+        s[a] = s[:, a] = (sizes[a] * s[a] + sizes[b] * s[b]) / (sizes[a] + sizes[b])
+        s[b] = s[:, b] = -np.inf                                  # b belongs to a from now on
+        sizes[a] += sizes[b]
+        name[name == b] = a
+    return name
+
+
+def positive_pairs(lines: list[str], rows: list[int], names: np.ndarray, similarity: np.ndarray, *,
+                   threshold: float) -> dict[tuple[int, int], float]:
+    """The pairs inside clusters that share less than 80 % of their words: the others teach nothing.
+
+    Average linkage lets in weak members, so each pair must reach the threshold itself.
+    """
+    words, found = [set(words_of(lines[row])) for row in rows], {}
+    for i, j in np.argwhere(np.triu((names[:, None] == names) & (similarity >= threshold), 1)):
+        jaccard = len(words[i] & words[j]) / len(words[i] | words[j])
+        if jaccard < 0.8:
+            found[rows[i], rows[j]] = float(similarity[i, j])
+    return found
+
+
+def pair_table(pairs: dict[tuple[int, int], float], rows: list[int], *, width: int,
+               temperature: float) -> tuple[Tensor, Tensor]:      # -> (R, width), (R, width)
+    """With whom each row is paired, and the chances: softmax of cosine / τ, or all zero."""
+    partners = {row: {} for row in rows}                          # row -> its partners -> cosine
+    for (i, j), cosine in pairs.items():
+        partners[i][j] = partners[j][i] = cosine
+    paired = torch.zeros(len(rows), width, dtype=torch.int32)
+    scores = torch.full((len(rows), width), -math.inf)
+    for place, cosines in enumerate(partners.values()):
+        for slot, (row, cosine) in enumerate(cosines.items()):
+            paired[place, slot], scores[place, slot] = row, cosine
+    return paired, (scores / temperature).softmax(dim=1).nan_to_num()
+
+
+def adjusted_rand(a: Tensor, b: Tensor) -> float:                 # (N,), (N,) labels -> -1..1
+    """How much two clusterings agree: 1 on everything, 0 as by chance (Hubert & Arabie 1985)."""
+    a, b = a.tolist(), b.tolist()
+    both, in_a, in_b = (sum(math.comb(size, 2) for size in Counter(labels).values())
+                        for labels in (zip(a, b), a, b))          # pairs together in both, a, b
+    expected, most = in_a * in_b / math.comb(len(a), 2), (in_a + in_b) / 2
+    return 1.0 if most == expected else (both - expected) / (most - expected)

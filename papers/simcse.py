@@ -1,0 +1,233 @@
+"""
+SimCSE: a sentence must recognise itself, encoded twice, among the other sentences of its batch.
+
+    views     every sentence twice; or the pairs and hard negatives of the corpus
+    loss      InfoNCE of the anchors among all other columns, perhaps with a masked-LM term
+
+Unlike what came before: no change to the text is needed, as dropout alone makes two views of a
+sentence differ. All other pages of this folder say what they change of this one.
+
+Gao, Yao, Chen: EMNLP 2021, arXiv 2104.08821. Eq. 4 without labels, eq. 5 with them, eq. 8 with a
+weight on the own hard negative. Defaults: tables A.1, D.1 and their scripts.
+
+Words, on all pages:
+
+    row         a sentence of the corpus, or a pair or triple, by its number
+    view        one of the texts that stand for a row: the sentence, a changed one, its partner
+    column      one view of all rows of a batch: the first are anchors, the second positives
+    anchor      the view that asks; its positive is the answer, its negatives all other candidates
+    candidate   an embedding that an anchor is compared with
+    hard negative    a close one that differs; false negative: one that means the same after all
+    weight      how much a candidate counts, or a term of the loss
+    temperature what cosines are divided by: the lower, the more the closest candidates count
+    head        what stands between pooling and loss while training; projection head elsewhere
+    teacher     another encoder, trained already and frozen
+    step        one batch and one update of the weights
+    round       the steps from one look at the corpus (`refresh`) to the next
+    epoch       one pass over the corpus
+
+Axes: B rows of a batch, V columns, C candidates, T tokens, D width, L layers, N rows of a corpus,
+K neighbours, M slots of a memory.
+"""
+
+import inspect
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Corpus, Tokenizer, step_seed
+from engine.encoders import load_masked_lm
+from engine.flags import Row, flag
+from engine.hub import encoder_folder
+from engine.pieces import Pieces
+from losses import alignment, cosine, uniformity
+from model import EncoderConfig, Head, SentenceEncoder
+from papers import settings
+from papers.focal import LOSSES
+from papers.views import POSITIVES
+
+
+@dataclass(frozen=True)
+class Config(settings.Config):
+    mlm_weight: float = flag(0.0, "simcse", "λ of the masked-LM term (0.1 in SimCSE Table E.1)",
+                             least=0)
+    mlm_rate: float = flag(0.15, "simcse", "share of tokens masked for it", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the encoder made of one batch, in float32, the training head applied."""
+    columns: list[Tensor]             # V x (B, D): anchor, positive, and hard negatives if any
+    step: int                         # 1 is the first
+    steps: int                        # of the whole run
+    rows: Tensor | None = None        # (B,) row numbers in the corpus
+    ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
+    mask: Tensor | None = None        # (V·B, T)
+    hidden: list[Tensor] | None = None   # `layers_read` x (V·B, T, D); of the last maybe T = 1
+    bf16: bool = False                # a method's own networks compute like the encoder
+    pieces: Pieces = Pieces()         # and in the same pieces
+
+    @property
+    def anchor(self) -> Tensor:                                   # (B, D)
+        return self.columns[0]
+
+    @property
+    def positive(self) -> Tensor:                                 # (B, D)
+        return self.columns[1]
+
+
+class SimCSE(nn.Module):
+    """Two dropout views of a sentence; or the pairs and hard negatives of the corpus, if any.
+
+    The life of a method, as mincse.py calls it:
+
+        __init__(corpus, config, model)   before the head is drawn; submodules are trained, buffers
+                                          and submodules are saved; what `frozen` wraps is neither
+        prepare(encode)                   once, before step 1
+        refresh(encode, rows)             before each round but the first
+        views(rows, rng)                  at each step, in a thread that works ahead
+        loss(out)                         at each step, the encoder with dropout and head
+        logs()                            when a line of metrics.jsonl is due
+
+    `encode` is always the same function, N sentences -> (N, D), without dropout and head.
+    """
+    Config = Config
+    rows = [
+        Row("--method simcse", "two dropout masks make two views of one sentence",
+            "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821",
+            "BERT-base 76.25, -large 78.41; RoBERTa-base 76.57, -large 78.90"),
+        Row("--method simcse --corpus nli", "entailed is positive, contradicted a hard negative",
+            "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821",
+            "BERT-base 81.57, -large 82.21; RoBERTa-base 82.52, -large 83.76"),
+        Row("--mlm-weight 0.1", "keep predicting masked words, for the sake of transfer tasks",
+            "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821",
+            "none on STS: meant for transfer, costs 0.5 on STS-B dev (Table D.2)")]
+    recipes = {                                                   # Table A.1; small is ours
+        "bert-base": dict(batch_size=64, learning_rate=3e-5),
+        "bert-large": dict(batch_size=64, learning_rate=1e-5),
+        "roberta-base": dict(batch_size=512, learning_rate=1e-5),
+        "roberta-large": dict(batch_size=512, learning_rate=3e-5),
+        "small": dict(batch_size=64, learning_rate=1e-5),         # measured here, on STS-B dev
+        "base, supervised": dict(batch_size=512, learning_rate=5e-5, epochs=3),
+        "large, supervised": dict(batch_size=512, learning_rate=1e-5, epochs=3),
+        "small, supervised": dict(batch_size=128, learning_rate=3e-4, epochs=3),   # rate as above
+    }
+    columns_taken = (1, 2, 3)         # of a corpus
+    losses_taken = tuple(LOSSES)
+    positives_taken = tuple(POSITIVES)
+    hard_negatives = False            # does it bring its own, whatever the corpus has?
+    in_turn = False                   # does it learn several corpora, one after the other?
+    toy = {}                          # settings for fifty rows and two layers, where tests walk all
+    layers_read = 1                   # how many hidden layers `loss` gets, from the last one down
+    head = Head                       # between pooling and loss while training
+    turns = 0                         # of a loop around `train`, where a paper trains several times
+
+    @classmethod
+    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+        """Refuse in a sentence what makes no sense for this paper, corpus and encoder."""
+
+    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+        super().__init__()
+        self.corpus, self.config, self.terms = corpus, config, {}
+        self.view = bind(POSITIVES[config.positives], config)
+        self.loss_of = bind(LOSSES[config.loss], config)
+        if getattr(config, "mlm_weight", 0):
+            folder = encoder_folder(config.encoder)
+            self.lm_head, self.tokenizer = load_masked_lm(folder, model), Tokenizer.read(folder)
+            self.encode_tokens = model.encoder.forward            # a function is no part of this
+
+    def prepare(self, encode: Callable) -> None:
+        """Look at the whole corpus with the present encoder, once before the first step."""
+
+    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+        """How many steps train on which rows, round after round. Usual: all on all."""
+        return [(steps, range(len(self.corpus)))]
+
+    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+        """Look at the rows of a round, before it begins, with the encoder as it is by then."""
+
+    def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
+        """The texts of these rows: one list of B per column."""
+        columns = [[column[row] for row in rows] for column in self.corpus.columns]
+        if len(columns) == 1:
+            columns.append([self.view(text, rng) for text in columns[0]])
+        return columns
+
+    def contrast(self, out: Encoded) -> Tensor:                   # -> ()
+        """InfoNCE, or what `--loss` names, of the anchors among all other columns."""
+        alpha, weight = self.config.hard_negative_weight, None
+        if len(out.columns) == 3 and alpha != 1:
+            weight = own_hard_negative(len(out.anchor), alpha).to(out.anchor.device)
+        return self.loss_of(out.anchor, torch.cat(out.columns[1:]), weight=weight)
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        """loss = contrast + λ · masked-LM loss, the latter only where it is asked for."""
+        contrast = self.contrast(out)
+        if not self.config.mlm_weight:
+            return contrast
+        masked_lm = self.masked_lm_loss(out)
+        self.terms = {"contrastive_loss": contrast.detach(), "masked_lm_loss": masked_lm.detach()}
+        return contrast + self.config.mlm_weight * masked_lm
+
+    def masked_lm_loss(self, out: Encoded) -> Tensor:             # -> ()
+        """Cross-entropy of the masked tokens, in a second forward pass (SimCSE, section 2)."""
+        masked, labels = self.tokenizer.mask(out.ids, rate=self.config.mlm_rate,    # (V·B, T)s
+                                             seed=step_seed(self.config.seed, out.step))
+
+        def surprise(ids: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:    # -> (V·B, T)
+            asked = labels != -100                                # (V·B, T)
+            words = self.lm_head(self.encode_tokens(ids, mask)[-1][asked]).float()
+            each = F.cross_entropy(words, labels[asked], reduction="none")
+            return [each.new_zeros(mask.shape).masked_scatter(asked, each)]
+
+        with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
+            [wrong] = out.pieces(surprise, masked, out.mask, labels)                # (V·B, T)
+        return wrong.sum() / (labels != -100).sum().clamp(min=1)  # none masked: 0, not NaN
+
+    def logs(self) -> dict[str, float]:
+        """Numbers worth a place in metrics.jsonl: the terms that `loss` left."""
+        return {name: value.item() for name, value in self.terms.items()}
+
+
+@torch.no_grad()
+def measures(out: Encoded) -> dict[str, float]:
+    """The geometry of a batch, as the loss saw it: with dropout and the training head."""
+    if len(out.columns) == 1:                                     # labels instead of positives
+        return {"uniformity": uniformity(out.anchor).item()}
+    similarity = cosine(out.anchor, out.positive)                 # (B, B)
+    own = similarity.diagonal()
+    others = (similarity.sum() - own.sum()) / (similarity.numel() - len(own))
+    return {"alignment": alignment(out.anchor, out.positive).item(),
+            "uniformity": uniformity(out.anchor).item(), "positive_cosine": own.mean().item(),
+            "lowest_positive_cosine": own.min().item(), "negative_cosine": others.item()}
+
+
+def bind(variant: Callable, config) -> Callable:
+    """Fix those parameters of a variant that the configuration has a value for, by name."""
+    names = inspect.signature(variant).parameters
+    return partial(variant, **{k: v for k, v in asdict(config).items() if k in names})
+
+
+def own_hard_negative(batch: int, alpha: float) -> Tensor:        # -> (B, 2B)
+    """α at each anchor's own hard negative, 1 at all other candidates (SimCSE, eq. 8)."""
+    ones = torch.ones(batch, batch)
+    return torch.cat([ones, ones + (alpha - 1) * torch.eye(batch)], dim=1)
+
+
+def frozen(network: nn.Module) -> Callable:
+    """The network as a function, without dropout and gradient: neither trained nor saved.
+
+    A function is no part of the module that keeps it, so no state holds its weights twice.
+    """
+    network.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def ask(*inputs: Tensor):
+        return network.to(inputs[0].device)(*inputs)
+    return ask

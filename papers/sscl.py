@@ -1,0 +1,76 @@
+"""
+SSCL: what the last layer says of a sentence must differ from what the layers below it say.
+
+Unlike SimCSE: the sentence vectors of the layers below the last one are negatives, too. This is
+meant against over-smoothing: a sentence's vectors from deep layers are nearly equal to each other.
+
+    loss    InfoNCE among the positives, and InfoNCE among them and M layers below, half each
+
+Chen, Shou, Pei, Gong, Cao, Chang, Li, Jiang: ACL 2023, arXiv 2305.06154. As in the authors' code,
+an anchor has the layers of all sentences of the batch as negatives, its own among them, in both
+views; the paper counts one view, and has the second term only (w = 1). Their script trains mean
+pooling, `--pooling mean` here. The layers come from the same forward pass: a step costs 1.02 of
+SimCSE's in the built-in encoder.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import Corpus
+from engine.flags import Row, flag
+from model import EncoderConfig, SentenceEncoder
+from papers import settings
+from papers.simcse import Encoded, SimCSE
+
+
+@dataclass(frozen=True)
+class Config(settings.Config):
+    layers_as_negatives: int = flag(2, "sscl", "M, layers below the last one (their code)", least=0)
+    layer_weight: float = flag(0.5, "sscl", "weight w of the loss with them; 1: eq. 4 (their code)",
+                               least=0, most=1)
+
+
+class SSCL(SimCSE):
+    """loss = (1 - w) · L(anchor, positives) + w · L(anchor, positives and layers L-1 ... L-M)
+
+    Nothing is detached, so the lower layers, too, learn to differ from the last.
+    """
+    Config = Config
+    rows = [Row("--method sscl", "lower layers as negatives, against over-smoothing",
+                "Chen, Shou, Pei, Gong, Cao, Chang, Li, Jiang: SSCL. ACL 2023, arXiv 2305.06154",
+                "BERT-base 77.90, -large 79.69 (the means of its own rows: 77.75, 79.59)")]
+    recipes = {                                                   # ours: the paper trains BERT only
+        "roberta-base": dict(batch_size=64),
+        "roberta-large": dict(batch_size=64, learning_rate=1e-5),
+    }
+    columns_taken = (1, 2)
+    toy = dict(layers_as_negatives=1)
+
+    @classmethod
+    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+        if config.layers_as_negatives >= shape.layers:
+            raise ValueError(f"--layers-as-negatives: expected at most {shape.layers - 1}, since "
+                             f"{config.encoder} has {shape.layers} layers and the last one makes "
+                             f"the anchors, found {config.layers_as_negatives}")
+
+    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+        super().__init__(corpus, config, model=model)
+        # Pooling and the training head, if any. A bound method is no submodule of this one.
+        self.embed = model.embed
+        self.layers_read = 1 + config.layers_as_negatives
+
+    def loss(self, out: Encoded) -> Tensor:                       # -> ()
+        plain, weight = self.contrast(out), self.config.layer_weight
+        below = out.hidden[-2 : -2 - self.config.layers_as_negatives : -1] if weight else []
+        if not below:                                             # SimCSE
+            return plain
+        below = [self.embed([x.to(out.anchor.dtype)], out.mask) for x in below]   # M x (V·B, D)
+        layered = self.loss_of(out.anchor, torch.cat([out.positive, *below]))
+        same = F.cosine_similarity(out.anchor, below[0][: len(out.anchor)]).mean()
+        # Of an anchor and its own layer L-1: where it stays near 1, the layers are idle.
+        self.terms = {"instance_loss": plain.detach(), "layer_loss": layered.detach(),
+                      "layer_cosine": same.detach()}
+        return (1 - weight) * plain + weight * layered

@@ -1,0 +1,92 @@
+"""What can be set: defaults from the papers' tables, flags that win, values that are refused."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from engine.flags import check_ranges, flag, seed_range
+from model import EncoderConfig
+from papers import METHODS
+from papers.settings import resolve
+
+
+def resolved(model_type="bert", width=768, columns=1, method="simcse", **given):
+    shape = EncoderConfig(model_type, 100, width, 12, 12, 4 * width)
+    return resolve(METHODS[method], given | {"method": method}, shape, columns=columns)
+
+
+@pytest.mark.parametrize("model_type, width, batch, rate", [
+    ("bert", 768, 64, 3e-5), ("bert", 1024, 64, 1e-5),
+    ("roberta", 768, 512, 1e-5), ("roberta", 1024, 512, 3e-5)])
+def test_unsupervised_defaults_are_those_of_simcses_table_a1(model_type, width, batch, rate):
+    config = resolved(model_type, width)
+    assert (config.batch_size, config.learning_rate, config.epochs) == (batch, rate, 1)
+    assert (config.temperature, config.max_tokens, config.dropout) == (.05, 32, .1)
+
+
+@pytest.mark.parametrize("width, rate", [(768, 5e-5), (1024, 1e-5)])
+@pytest.mark.parametrize("columns", [2, 3])
+def test_supervised_defaults_are_those_of_simcses_table_a1(width, rate, columns):
+    config = resolved(width=width, columns=columns)
+    assert (config.batch_size, config.learning_rate, config.epochs) == (512, rate, 3)
+
+
+def test_the_head_is_dropped_without_labels_and_kept_with_them():
+    assert resolved().head == "train" and resolved(columns=3).head == "keep"
+    assert resolved(pooling="mean").head == "none"
+
+
+def test_the_table_of_a_paper_goes_before_that_of_simcse():
+    """DiffCSE for BERT-base: its own rate and epochs, SimCSE's batch."""
+    config = resolved(method="diffcse")
+    assert (config.batch_size, config.learning_rate, config.epochs) == (64, 7e-6, 2)
+
+
+def test_the_best_checkpoint_is_chosen_on_sts_b_dev_for_the_sts_tests_and_nowhere_else():
+    assert resolved(test="sts").dev == resolved(test="stsb").dev == "stsb"
+    assert resolved(test="docs").dev == resolved(test="mine.tsv").dev == "none"
+    assert resolved(test="sts", dev="none").dev == "none"
+
+
+def test_a_flag_that_was_given_always_wins():
+    given = {"batch_size": 32, "learning_rate": 1e-3, "head": "none", "epochs": 2}
+    config = resolved(width=1024, columns=3, **given)
+    assert {name: getattr(config, name) for name in given} == given
+
+
+@pytest.mark.parametrize("text, seeds", [("0-4", [0, 1, 2, 3, 4]), ("7", [7]), ("3-3", [3])])
+def test_seeds_are_a_range_with_both_ends(text, seeds):
+    assert seed_range(text) == seeds
+
+
+@pytest.mark.parametrize("settings, said", [
+    (dict(temperature=0.), "--temperature: expected above 0, found 0.0"),
+    (dict(temperature=math.nan), "--temperature: expected above 0, found nan"),
+    (dict(learning_rate=math.inf), "--learning-rate: expected above 0, found inf"),
+    (dict(batch_size=1), "--batch-size: expected 2 or more, since the others"),
+    (dict(dropout=1.), "--dropout: expected 0 or more and below 1, found 1.0"),
+    (dict(steps=-1), "--steps: expected 0 or more, found -1"),
+    (dict(hardness=math.nan), "--hardness: expected a finite number, found nan"),
+])
+def test_a_value_out_of_range_is_refused_by_the_name_of_its_flag(settings, said):
+    with pytest.raises(ValueError) as refused:
+        check_ranges(METHODS["simcse"].Config(**settings))
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize("limits, fits, refuses, words", [
+    (dict(least=2), [2, 3], [1.9], "2 or more"), (dict(above=0), [1e-9], [0., -1.], "above 0"),
+    (dict(least=0, most=1), [0, 1], [-.1, 1.1], "0 or more and at most 1"),
+    (dict(least=0, below=1), [0, .9], [1.], "0 or more and below 1"),
+    (dict(), [-9., 9.], [math.inf], "a finite number"),
+    (dict(least=1, why=", or it is none"), [1], [0], "1 or more, or it is none")])
+def test_a_range_has_open_and_closed_ends_and_says_which(limits, fits, refuses, words):
+    @dataclass
+    class Config:
+        it: float = flag(1., "group", "noun", **limits)
+    for value in fits:
+        check_ranges(Config(value))
+    for value in refuses:
+        with pytest.raises(ValueError, match=f"--it: expected {words}, found {value}"):
+            check_ranges(Config(value))
