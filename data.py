@@ -9,12 +9,10 @@ Where do sentences come from, and how do they become batches of tokens?
     Tokenizer.read(folder)       texts -> ids and mask, both (B, T); inputs of a masked LM
     batches, ahead               row numbers in random order; work done early
 
-Files may be gzipped. What is damaged is refused in one sentence that names the place: nothing is
-skipped but blank lines, and these are counted. The row is the unit everywhere: `batches` deals
-in row numbers, so a method may look up whatever else it knows about a row.
-
-Not here: which texts of a row count as the same (papers/), test sets (eval_sts.py), how files are
-found and lines are kept (engine/hub.py, engine/texts.py), what a corpus is like (engine/doctor.py).
+Files may be gzipped. A damaged file is refused with the place of the damage; only blank lines are
+skipped, and these are counted. `batches` deals in row numbers, so a method may look up whatever
+else it knows about a row.
+Not here: views of a row (papers/), test sets (eval_sts.py), finding files (engine/hub.py).
 """
 
 import csv
@@ -28,7 +26,6 @@ from dataclasses import dataclass, replace
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import TypeVar
 
 import tokenizers
 import torch
@@ -37,8 +34,6 @@ from torch import Tensor
 from engine.docs import doc_sentences
 from engine.hub import data_file, file_sha256
 from engine.texts import Lines, read_lines
-
-Item = TypeVar("Item")
 
 # Our name of a corpus -> the names its file may have in a data folder.
 CORPORA = {
@@ -51,8 +46,6 @@ CORPORA = {
 HEADER = ["sent0", "sent1", "hard_neg"]             # of the Hub's nli_for_simcse.csv
 
 
-# ---- reading a corpus -----------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Corpus:
     """N rows of text: sentences, pairs (anchor, positive), or triples with a hard negative."""
@@ -61,7 +54,7 @@ class Corpus:
     documents: Sequence[int] | None     # the number of each row's document, where the file tells
     sha256: str                         # of the file as it lies on the disk, or of the lines
     blank: int                          # lines left out because a text was missing
-    whole: "Corpus | None" = None       # of which these are some rows; None: these are all
+    whole: "Corpus | None" = None       # the corpus that these rows are a part of, if they are
 
     def __len__(self) -> int:
         return len(self.columns[0])
@@ -133,9 +126,8 @@ def read_rows(path: Path, kind: str) -> tuple[list[Lines], None, int]:
 def split_rows(path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
     """Line number and fields. A .csv may quote a field; in a .tsv, quotes are ordinary letters."""
     if kind == "tsv":
-        for number, line in enumerate(read_lines(path), start=1):
-            yield number, line.rstrip("\r\n").split("\t")
-        return
+        rows = (line.rstrip("\r\n").split("\t") for line in read_lines(path))
+        return (yield from enumerate(rows, start=1))
     reader = csv.reader(read_lines(path), strict=True)
     try:
         for row in reader:
@@ -144,20 +136,19 @@ def split_rows(path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}:{reader.line_num}: damaged csv ({error})") from None
 
 
-# ---- tokens ---------------------------------------------------------------------------------
-
 class Tokenizer:
     """Texts to token ids, by the rules of a tokenizer.json.
 
-    A thread may make a batch while another one evaluates, and truncation is a setting of the
-    library's object: so each limit has a copy of its own, never changed once made.
+    The library's object holds the limit as a setting, and one thread may make batches while another
+    evaluates: so each limit has a copy of its own.
     """
 
     def __init__(self, json: str):
         self.json, self.limited = json, {}
         self.whole = self.copy(None)
-        self.pad_id = self.first_of("[PAD]", "<pad>")
-        self.mask_id = self.first_of("[MASK]", "<mask>")
+        ids = self.whole.get_vocab()
+        self.pad_id = ids.get("[PAD]", ids.get("<pad>"))
+        self.mask_id = ids.get("[MASK]", ids.get("<mask>"))
         if self.pad_id is None:
             raise ValueError("it has no token [PAD] or <pad>")
         added = self.whole.get_added_tokens_decoder()
@@ -178,7 +169,7 @@ class Tokenizer:
             raise ValueError(f"{path}: expected a tokenizer of Hugging Face's: {error}") from None
 
     def copy(self, max_tokens: int | None) -> tokenizers.Tokenizer:
-        """The library's tokenizer with a limit; all-MiniLM's file, for one, comes with another."""
+        """The library's tokenizer with this limit, whatever limit the file asks for."""
         copy = tokenizers.Tokenizer.from_str(self.json)
         copy.no_padding()
         copy.no_truncation()
@@ -188,15 +179,11 @@ class Tokenizer:
 
     @property
     def cased(self) -> bool:
-        """Does it tell "Paris" from "paris"? Asked of itself, since names of encoders mislead."""
+        """Does it tell "Paris" from "paris"? The names of encoders do not say."""
         return self.whole.encode("Paris").ids != self.whole.encode("paris").ids
 
-    def first_of(self, *tokens: str) -> int | None:
-        known = (self.whole.token_to_id(token) for token in tokens)
-        return next((i for i in known if i is not None), None)
-
     def __call__(self, texts: Sequence[str], *, max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Ids, padded to the longest text of the batch, and which of them are real."""
+        """Ids, padded to the longest text of the batch, and a mask of those that are real."""
         if max_tokens not in self.limited:
             self.limited[max_tokens] = self.copy(max_tokens)
         rows = [row.ids for row in self.limited[max_tokens].encode_batch_fast(texts)]
@@ -206,7 +193,7 @@ class Tokenizer:
         return torch.tensor(padded), torch.arange(longest) < lengths[:, None]   # (B, T), (B, T)
 
     def special(self, ids: Tensor) -> Tensor:                     # (B, T) -> (B, T)
-        """Which of them are [CLS], [SEP], padding and the like, and so no words of a text."""
+        """Where ids are [CLS], [SEP], padding and the like."""
         return torch.isin(ids, torch.tensor(self.special_ids, device=ids.device))
 
     def mask(self, ids: Tensor, *, rate: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -228,14 +215,12 @@ class Tokenizer:
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Dropout and token masks of a step depend on nothing else, so that a resumed run is exact."""
+    """The seed of dropout and token masks: no other state is needed to go on with a run exactly."""
     return seed * 1_000_003 + step
 
 
-# ---- batches --------------------------------------------------------------------------------
-
 def batches(n: int, size: int, *, seed: int, epochs: int) -> Iterator[list[int]]:
-    """Row numbers in random order, new in each epoch, from seed and epoch alone.
+    """Row numbers in random order, another one in each epoch, from seed and epoch alone.
 
     A ragged last batch is dropped: it would have fewer negatives, and so be an easier task.
     """
@@ -247,10 +232,9 @@ def batches(n: int, size: int, *, seed: int, epochs: int) -> Iterator[list[int]]
 
 def row_order(plan: Iterable[tuple[int, Sequence[int]]], batch_size: int, *, seed: int
               ) -> Iterator[list[int]]:
-    """The rows of every step of a plan: a list of (steps, the rows that they train on).
+    """The rows of every step of a plan, which is a list of (number of steps, their rows).
 
-    Rows come in random order, in another one in every pass over them. Where the next entry of the
-    plan has the same rows, their order goes on.
+    Where the next entry of the plan has the same rows, their random order goes on.
     """
     for rows, entries in groupby(plan, key=itemgetter(1)):
         count = sum(count for count, _ in entries)
@@ -268,7 +252,7 @@ def shuffled(n: int, rng: random.Random) -> Iterator[int]:
         left[place] = left[last]
 
 
-def ahead(items: Iterable[Item], depth: int = 8) -> Iterator[Item]:
+def ahead(items: Iterable, depth: int = 8) -> Iterator:
     """The same items in the same order, made up to `depth` early in a thread of their own."""
     source, end = iter(items), object()
     worker = ThreadPoolExecutor(max_workers=1)

@@ -1,17 +1,14 @@
 """
-How good is it? Semantic textual similarity, and the shape of the embedding space.
+How good is an encoder? Semantic textual similarity, and the shape of the embedding space.
 
     python eval_sts.py runs/mine                              # a folder, a Hub id, or mini
     python eval_sts.py bert-base-uncased --pooling first-last --verbose --json scores.json
 
-Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). A test has
-`score(encode)` and comes from `read_test`: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the
-built-in doc twins), or a .tsv file of pairs.
+Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). `read_test` makes a test
+of a name: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the built-in doc twins), or FILE.tsv.
 
 Scores are 100 x Spearman's ρ of cosines with human scores. Two conventions share that name: "all"
-ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all";
-both are printed. The average is that of the seven scores, each rounded to two decimals first, as in
-SimCSE's code.
+ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all".
 """
 
 import argparse
@@ -42,22 +39,18 @@ Sides = Callable[[list[Pair]], tuple[Tensor, Tensor]]   # P pairs -> 2 x (P, D)
 
 # Scored pairs of every subset: a file with another count is damaged. STS15 and STS16 hold more
 # pairs, but only these were given a score; STS13 lacks SMT, whose licence forbids copies.
-STS = {
-    "STS12": {"MSRpar": 750, "MSRvid": 750, "SMTeuroparl": 459, "surprise.OnWN": 750,
-              "surprise.SMTnews": 399},
-    "STS13": {"FNWN": 189, "headlines": 750, "OnWN": 561},
-    "STS14": {"deft-forum": 450, "deft-news": 300, "headlines": 750, "images": 750, "OnWN": 750,
-              "tweet-news": 750},
-    "STS15": {"answers-forums": 375, "answers-students": 750, "belief": 375, "headlines": 750,
-              "images": 750},
-    "STS16": {"answer-answer": 254, "headlines": 249, "plagiarism": 230, "postediting": 244,
-              "question-question": 209},
-}
+STS = {"STS12": {"MSRpar": 750, "MSRvid": 750, "SMTeuroparl": 459, "surprise.OnWN": 750,
+                 "surprise.SMTnews": 399},
+       "STS13": {"FNWN": 189, "headlines": 750, "OnWN": 561},
+       "STS14": {"deft-forum": 450, "deft-news": 300, "headlines": 750, "images": 750, "OnWN": 750,
+                 "tweet-news": 750},
+       "STS15": {"answers-forums": 375, "answers-students": 750, "belief": 375, "headlines": 750,
+                 "images": 750},
+       "STS16": {"answer-answer": 254, "headlines": 249, "plagiarism": 230, "postediting": 244,
+                 "question-question": 209}}
 STSB = {"train": 5749, "dev": 1500, "test": 1379}
 SICK = {"train": 4500, "trial": 500, "test_annotated": 4927}
 
-
-# ---- reading --------------------------------------------------------------------------------
 
 def lines_of(path: Path) -> list[str]:
     """The lines of a file, without their ends."""
@@ -68,7 +61,7 @@ def lines_of(path: Path) -> list[str]:
 
 
 def pair_at(place: str, left: str, right: str, score: str) -> Pair:
-    """One pair with its score; runs of white space become one space, as in SentEval."""
+    """A pair and its score; runs of white space become one space, as in SentEval."""
     try:
         value = float(score)
     except ValueError:
@@ -89,8 +82,9 @@ def columns_of(path: Path, rows: list[str], order: Sequence[int]) -> Iterator[Pa
         yield pair_at(f"{path}:{number}", *(cells[i] for i in order))
 
 
-def counted(pairs: list[Pair], path: Path, expected: int) -> list[Pair]:
-    """The pairs, if they are all there."""
+def counted(path: Path, rows: list[str], order: Sequence[int], expected: int) -> list[Pair]:
+    """All the pairs of a file, whose number is known."""
+    pairs = list(columns_of(path, rows, order))
     if len(pairs) != expected:
         raise ValueError(f"{path}: expected {expected} scored pairs, found {len(pairs)}: the file "
                          "is damaged or of another version")
@@ -105,33 +99,28 @@ def read_subset(folder: Path, name: str, expected: int) -> list[Pair]:
         raise ValueError(f"{path}: expected {len(scores)} lines, one for each line of "
                          f"STS.gs.{name}.txt, found {len(texts)}")
     judged = [f"{text}\t{score}" for text, score in zip(texts, scores) if score.strip()]
-    return counted(list(columns_of(path, judged, (0, 1, 2))), path, expected)
+    return counted(path, judged, (0, 1, 2), expected)
 
 
 def read_stsb(senteval: Path, split: str) -> list[Pair]:
     """STS Benchmark: columns genre, file, year, id, score, sentence, sentence."""
     path = senteval / "STS" / "STSBenchmark" / f"sts-{split}.csv"
-    return counted(list(columns_of(path, lines_of(path), (5, 6, 4))), path, STSB[split])
+    return counted(path, lines_of(path), (5, 6, 4), STSB[split])
 
 
 def read_sick(senteval: Path, split: str) -> list[Pair]:
     """SICK relatedness: a header, then id, sentence, sentence, score, entailment."""
     path = senteval / "SICK" / f"SICK_{split}.txt"
-    return counted(list(columns_of(path, lines_of(path)[1:], (1, 2, 3))), path, SICK[split])
+    return counted(path, lines_of(path)[1:], (1, 2, 3), SICK[split])
 
 
 def read_seven(senteval: Path) -> dict[str, dict[str, list[Pair]]]:
     """The seven tasks of SimCSE's Table 5: task -> subset -> pairs."""
-    tasks = {
-        task: {name: read_subset(senteval / "STS" / f"{task}-en-test", name, expected)
-               for name, expected in subsets.items()}
-        for task, subsets in STS.items()
-    }
+    tasks = {task: {name: read_subset(senteval / "STS" / f"{task}-en-test", name, expected)
+                    for name, expected in subsets.items()} for task, subsets in STS.items()}
     return tasks | {"STS-B": {"test": read_stsb(senteval, "test")},
                     "SICK-R": {"test": read_sick(senteval, "test_annotated")}}
 
-
-# ---- scoring --------------------------------------------------------------------------------
 
 def spearman(predicted: Sequence[float], gold: Sequence[float]) -> float:
     """100 x Spearman's ρ, ties at their average rank; NaN where one side is constant."""
@@ -146,24 +135,18 @@ def mean(values: Sequence[float]) -> float:
 
 
 def average(scores: dict[str, float]) -> float:
-    """The mean of scores rounded to two decimals each: what SimCSE's tables print."""
+    """The mean of the scores, each rounded to two decimals first, as in SimCSE's tables."""
     return mean([round(score, 2) for score in scores.values()])
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a test found. `scores` has a value per task and "avg"; the rest is detail."""
+    """What a test found; `scores` and `mean` have a value per task, and "avg"."""
     scores: dict[str, float]                                      # "all"
     mean: dict[str, float] = field(default_factory=dict)          # over the subsets of each task
     subsets: dict[str, dict[str, float]] = field(default_factory=dict)
     pairs: dict[str, int] = field(default_factory=dict)
     geometry: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    @classmethod
-    def before(cls, results: dict) -> "Result":
-        """What a run found before its first step, from its results.json."""
-        return cls(results["before"], mean=results["before_mean"],
-                   geometry=results["geometry_before"])
 
 
 @dataclass(frozen=True)
@@ -172,16 +155,11 @@ class StsTest:
     tasks: dict[str, dict[str, list[Pair]]]
     geometry_of: dict[str, list[Pair]] = field(default_factory=dict)   # name of a split -> pairs
 
-    def texts(self) -> list[str]:
-        """The sentences of all tasks, each once."""
+    def sides(self, encode: Encode) -> Sides:
+        """A function from pairs to their vectors; every sentence was encoded once, in one call."""
         groups = [pairs for subsets in self.tasks.values() for pairs in subsets.values()]
         groups += self.geometry_of.values()
-        return sorted({text for pairs in groups for left, right, _ in pairs
-                       for text in (left, right)})
-
-    def sides(self, encode: Encode) -> Sides:
-        """Looks up both vectors of pairs. Every sentence is encoded once, all tasks in one call."""
-        texts = self.texts()
+        texts = sorted({text for pairs in groups for *both, _ in pairs for text in both})
         vectors, row = encode(texts), {text: i for i, text in enumerate(texts)}   # (N, D)
         return lambda pairs: tuple(vectors[[row[pair[side]] for pair in pairs]] for side in (0, 1))
 
@@ -189,32 +167,27 @@ class StsTest:
         sides = self.sides(encode)
         found = {task: score_task(subsets, sides) for task, subsets in self.tasks.items()}
         scores = {task: every for task, (every, _) in found.items()}
-        means = {task: mean(list(parts.values())) for task, (_, parts) in found.items()}
+        subsets = {task: each for task, (_, each) in found.items()}
+        means = {task: mean(list(each.values())) for task, each in subsets.items()}
         return Result(
-            scores=scores | {"avg": average(scores)}, mean=means | {"avg": average(means)},
-            subsets={task: parts for task, (_, parts) in found.items()},
-            pairs={task: sum(map(len, subsets.values())) for task, subsets in self.tasks.items()},
-            geometry={name: geometry(pairs, *sides(pairs))
-                      for name, pairs in self.geometry_of.items()})
-
-
-def pair_cosines(subsets: dict[str, list[Pair]], sides: Sides) -> dict[str, list[float]]:
-    """The cosine of every pair, subset by subset."""
-    return {name: F.cosine_similarity(*sides(pairs)).tolist() for name, pairs in subsets.items()}
+            scores | {"avg": average(scores)}, means | {"avg": average(means)}, subsets,
+            {task: sum(map(len, subsets.values())) for task, subsets in self.tasks.items()},
+            {name: geometry(pairs, *sides(pairs)) for name, pairs in self.geometry_of.items()})
 
 
 def score_task(subsets: dict[str, list[Pair]], sides: Sides) -> tuple[float, dict[str, float]]:
-    """("all" score of the task, score of each of its subsets)."""
-    predicted = pair_cosines(subsets, sides)
+    """The "all" score of a task, and the score of each of its subsets."""
+    predicted = {name: F.cosine_similarity(*sides(pairs)).tolist()
+                 for name, pairs in subsets.items()}
     gold = {name: [score for _, _, score in pairs] for name, pairs in subsets.items()}
     every = spearman(sum(predicted.values(), []), sum(gold.values(), []))
     return every, {name: spearman(predicted[name], gold[name]) for name in subsets}
 
 
-def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]:
+def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]:   # (P, D)s
     """Alignment of the pairs scored above 4, uniformity of all sentences, repeats included.
 
-    SimCSE, section 2 and footnote 3; `left` and `right` are (P, D).
+    SimCSE, section 2 and footnote 3.
     """
     same = torch.tensor([score > 4 for _, _, score in pairs])
     return {"alignment": alignment(left[same], right[same]).item() if same.any() else math.nan,
@@ -225,10 +198,6 @@ def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]
 class TwinTest:
     """Find the NumPy or SciPy function by its first sentence, from that of its PyTorch namesake."""
     twins: list[tuple[str, str, str]]                             # name, torch's, numpy's
-
-    def texts(self) -> list[str]:
-        """The sentences of both sides, each once."""
-        return sorted({text for _, *both in self.twins for text in both})
 
     def score(self, encode: Encode) -> Result:
         """acc@1: found first, in percent. mrr: 100 x the mean of 1 / rank."""
@@ -254,8 +223,8 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
                              f"compared, found {len(pairs)} pairs: add others")
         return StsTest({path.stem: {path.stem: pairs}}, {path.stem: pairs})
     if name not in ("stsb", "sts"):
-        raise ValueError(f"expected a test called docs, stsb or sts, or a .tsv file, "
-                         f"found {name!r}")
+        raise ValueError("expected a test called docs, stsb or sts, or a .tsv file, found "
+                         f"{name!r}")
     senteval = hub.senteval_folder(data)
     if name == "stsb":
         pairs = read_stsb(senteval, split)
@@ -264,8 +233,6 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
     return StsTest(read_seven(senteval),
                    {"STS-B test": read_stsb(senteval, "test"), "STS-B whole": whole})
 
-
-# ---- the program ----------------------------------------------------------------------------
 
 def open_encoder(folder: Path, *, pooling: str | None = None
                  ) -> tuple[SentenceEncoder, corpora.Tokenizer]:
@@ -280,15 +247,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Score a sentence encoder.")
     parser.add_argument("encoder", help="a folder, a Hub id, or mini")
     parser.add_argument("--test", default="sts", help="sts, stsb, docs or a .tsv file [sts]")
-    parser.add_argument("--split", default="test", choices=STSB, help="of stsb [test]")
+    parser.add_argument("--split", default="test", choices=STSB, help="part of stsb [test]")
     parser.add_argument("--data", type=Path, help="folder with senteval/ (or MINCSE_DATA)")
-    parser.add_argument("--pooling", choices=POOLINGS, help="instead of the folder's own")
-    parser.add_argument("--max-tokens", type=int, help="cut longer sentences [the folder's limit]")
-    parser.add_argument("--batch-size", type=count, default=64, help="[64]")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps [auto]")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="[fp32]")
+    parser.add_argument("--pooling", choices=POOLINGS, help="tokens to sentence [the folder's own]")
+    parser.add_argument("--max-tokens", type=int, help="tokens of a sentence [the folder's limit]")
+    parser.add_argument("--batch-size", type=count, default=64, help="sentences a pass [64]")
+    parser.add_argument("--device", default="auto", help="processor: auto, cpu, cuda, mps [auto]")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32",
+                        help="number format [fp32]")
     parser.add_argument("--threads", type=count, default=0, help="processor threads [all]")
-    parser.add_argument("--verbose", action="store_true", help="every subset of every task")
+    parser.add_argument("--verbose", action="store_true", help="scores of every subset, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for all scores")
     args = parser.parse_args(argv)
     if args.max_tokens is not None and args.max_tokens < 3:
@@ -304,8 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         device = pick_device(args.device)
     with exits(3):
         test = read_test(args.test, args.data, split=args.split)
-        model, tokenizer = open_encoder(hub.encoder_folder(args.encoder),
-                                        pooling=args.pooling)
+        model, tokenizer = open_encoder(hub.encoder_folder(args.encoder), pooling=args.pooling)
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     result = test.score(partial(encode, model.to(device), tokenizer, batch_size=args.batch_size,
                                 max_tokens=args.max_tokens, precision=precision))

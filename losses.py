@@ -8,9 +8,7 @@ How are embeddings compared? Contrastive losses and the geometry they shape.
 
 A batch brings its own negatives, which is why its size matters, and hard negatives are simply
 more rows. Embeddings come as the encoder left them: cosines ignore their length.
-
-Read `info_nce` first: the loss of every paper changes a line or two of it. All are pure functions
-of tensors, without state or model.
+Read `info_nce` first: most losses of papers change a line or two of it.
 Not here: losses that one paper alone has, and how views and negatives are found (papers/).
 """
 
@@ -29,7 +27,7 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:                       # (B, D), (C, 
 def pick_own(logits: Tensor, weight: Tensor | None = None) -> Tensor:   # (B, C), (B, C) -> ()
     """Cross-entropy of B multiple-choice questions; the answer to question i is column i.
 
-    A weight multiplies exp(logit), so log 0 = -inf takes a candidate out of the choice.
+    A weight multiplies exp(logit), so weight 0 takes a candidate out of the choice.
     """
     if weight is not None:
         logits = logits + weight.log()
@@ -53,10 +51,9 @@ def many_positives(logits: Tensor, positive: Tensor, *, focus: float = 0.0) -> T
 
         loss = mean_i mean_{j in P_i}  -(1 - p_ij)^γ log p_ij,   p_ij = softmax_j of the logits
 
-    (B, C), (B, C) -> (). γ is the `focus`: without it this is supervised contrast, every positive
-    staying in the denominator (Khosla et al. 2020); with 1, the focal one of Core-tuning (Zhang et
-    al. 2021). Its mean is over P_i; the released code divides by all columns instead. A logit of
-    -inf takes a candidate out, which must not be a positive.
+    (B, C), (B, C) -> (). γ is the `focus`: 0 is supervised contrast (Khosla et al. 2020), 1 the
+    focal loss of Core-tuning (Zhang et al. 2021), whose released code divides by the number of
+    columns, not of positives. A logit of -inf takes out a candidate, which must not be a positive.
     """
     log_p = logits.log_softmax(dim=1).masked_fill(~positive, 0)   # or -inf x 0 would make NaN
     missing = (-torch.expm1(log_p)).clamp(min=1e-12)              # 1 - p; above 0 for the slope
@@ -67,7 +64,7 @@ def many_positives(logits: Tensor, positive: Tensor, *, focus: float = 0.0) -> T
 def alignment(anchor: Tensor, positive: Tensor) -> Tensor:        # (B, D), (B, D) -> ()
     """Mean squared distance from anchor to positive on the unit sphere: 0 is best, 4 worst.
 
-    Wang & Isola 2020, with exponent 2; equals 2 - 2 x the mean cosine.
+    Wang & Isola 2020, exponent 2; it equals 2 - 2 x the mean cosine.
     """
     return (F.normalize(anchor, dim=-1) - F.normalize(positive, dim=-1)).square().sum(-1).mean()
 

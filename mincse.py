@@ -4,8 +4,8 @@ mincse: train a sentence encoder with one command, and score it honestly.
     python mincse.py                                  # built-in encoder, corpus and test: minutes
     python mincse.py --encoder bert-base-uncased --corpus wiki1m --test sts      # SimCSE's Table 5
 
-Read `train` first: it is the algorithm box, and all the rest serves it. What a paper changes stands
-on its page in papers/; nothing in engine/ is needed to understand either. Then read `run`.
+Read `train` first, which is the algorithm, then `run`, which does it once. What a paper changes
+stands on its page in papers/. Nothing in engine/ is needed to understand either.
 """
 
 import random
@@ -41,7 +41,7 @@ from papers.settings import Config, resolve
 from papers.simcse import Encoded, SimCSE, measures
 
 LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
-SEED_STEP = 1000                      # stretches draw apart from each other, and --seeds 0-4 too
+SEED_STEP = 1000                      # between the seeds of two turns: --seeds 0-4 stay below it
 DRY_ROWS = 2048                       # rows that a dry run looks at
 
 
@@ -58,7 +58,7 @@ class Batch(NamedTuple):
 def train(model: SentenceEncoder, method: SimCSE, optimizer: torch.optim.Optimizer,
           batches: Iterator[Batch], config: Config, *, steps: int, first: int = 1,
           bf16: bool = False) -> Iterator[tuple[int, Tensor, Encoded]]:
-    """Steps first..steps. Yields (step, loss, what was compared); the caller logs and saves."""
+    """Take the steps from `first` to `steps`; yields (step, loss, what was compared) of each."""
     device, trained = next(model.parameters()).device, nn.ModuleList([model, method])
 
     def last_layers(ids: Tensor, mask: Tensor) -> list[Tensor]:   # (V·B, T)s -> (V·B, T, D)s
@@ -70,8 +70,8 @@ def train(model: SentenceEncoder, method: SimCSE, optimizer: torch.optim.Optimiz
             group["lr"] = config.learning_rate * (1 - (step - 1) / steps)
         model.train()                                             # the caller may have scored it
 
-        # All views go through in one pass. Each row draws its own dropout, so equal texts differ
-        # although seed and weights are the same: anchor and positive of SimCSE.
+        # One pass encodes all views. Each row draws its own dropout, so that SimCSE's anchor and
+        # positive differ although text and weights are the same.
         ids, mask, rows = (x.to(device, non_blocking=True) for x in batch[:3])
         pieces = Pieces(batch.columns, config.micro_batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -90,7 +90,7 @@ def train(model: SentenceEncoder, method: SimCSE, optimizer: torch.optim.Optimiz
 
 def make_batches(method: SimCSE, tokenizer: Tokenizer, config: Config,
                  plan: list[tuple[int, Sequence[int]]], *, first: int = 1) -> Iterator[Batch]:
-    """The batches of steps first.. of (steps, rows) plans. A function of seed and step alone."""
+    """The batches of a plan from step `first` on; seed and step alone decide what is in one."""
     order = data.row_order(plan, config.batch_size, seed=config.seed)
     for step, rows in enumerate(islice(order, first - 1, None), start=first):
         columns = method.views(rows, random.Random(f"{config.seed} {step}"))
@@ -103,14 +103,14 @@ def make_batches(method: SimCSE, tokenizer: Tokenizer, config: Config,
 
 @dataclass(frozen=True)
 class Inputs:
-    """What every seed of a run shares, read and checked."""
-    corpora: list[Corpus]             # one, or several to be learned in turn
+    """Everything that a run reads, checked; all its seeds share it."""
+    corpora: list[Corpus]             # one, or several to learn in turn
     tokenizer: Tokenizer
     folder: Path                      # of the encoder
     dev: StsTest | TwinTest | None
     test: StsTest | TwinTest
     config: Config                    # all defaults and recipes filled in
-    doctor: dict                      # what the corpus is like, and those that come later
+    doctor: dict                      # a report on each corpus, for env.json
     device: torch.device
 
     @property
@@ -119,7 +119,7 @@ class Inputs:
 
 
 def read_inputs(given: dict) -> Inputs:
-    """Everything from outside is read here, before the first step."""
+    """Read and check everything from outside, before the first step."""
     method = METHODS[given.get("method", "simcse")]
     asked = method.Config(**given)
     with exits(2):
@@ -147,7 +147,7 @@ def read_inputs(given: dict) -> Inputs:
 
 @dataclass(frozen=True)
 class Job:
-    """What one seed trains, and with what."""
+    """All that the training of one seed needs."""
     config: Config
     inputs: Inputs
     model: SentenceEncoder
@@ -158,7 +158,7 @@ class Job:
 
     @property
     def networks(self) -> nn.ModuleDict:
-        """All that is trained or saved."""
+        """Everything that is trained and saved."""
         return nn.ModuleDict({"model": self.model, "method": self.method})
 
     @property
@@ -181,7 +181,7 @@ def build(inputs: Inputs, config: Config) -> Job:
 
 
 def count_steps(config: Config, corpus: Sequence) -> int:
-    """As many as were asked for, or those of the epochs."""
+    """The steps asked for by --steps, or those of the epochs."""
     return config.steps or config.epochs * (len(corpus) // config.batch_size)
 
 
@@ -194,13 +194,12 @@ def make_optimizer(model: SentenceEncoder, method: SimCSE, config: Config) -> to
 
 def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
         overwrite: bool = False, start: Result | None = None) -> dict:
-    """One seed from start to finish; `start` is its first score, where it is known already.
+    """Train and score one seed; `start` is the score of its untrained encoder, where it is known.
 
-    How a run is saved: a better model by the dev score is staged in a hidden folder beside the
-    files, then state.pt is replaced, which names the step of that model, then the staged files
-    take their places. Each move is atomic, so a run that is killed between any two of them goes
-    on from a state and a model that belong together. When the best model is on the disk, the
-    last score is computed; results.json comes last and says that the run is finished.
+    A better model is first written to a hidden folder; then state.pt is replaced, which names the
+    step of that model; then the model's files take their places. Each move is atomic, so a run
+    that is killed between two of them goes on with a state and a model that belong together.
+    results.json comes last and says that the run is finished.
     """
     with exits(3):
         job, sources = build(inputs, config), run_folder.sources(inputs)
@@ -209,7 +208,7 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
         run_folder.claim(folder, config, sources, before, resume=resume, overwrite=overwrite)
     with exits(3):
         if done := run_folder.finished(folder):
-            run_folder.drop_state(folder)                         # killed just before, it stands
+            run_folder.drop_state(folder)                         # it stands if killed just before
             return done
         state = run_folder.load_state(folder, job.networks, job.optimizer)
     run_folder.clear_after(folder, state or State())
@@ -227,7 +226,7 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
 
 
 def before_training(job: Job, start: Result | None) -> Result:
-    """Prepare the method, and score the start: without the head, which knows nothing yet."""
+    """Prepare the method and score the encoder, without the head, which knows nothing yet."""
     head, job.model.head = job.model.head, None
     job.method.prepare(job.encode)
     start = start or job.inputs.test.score(job.encode)
@@ -236,7 +235,7 @@ def before_training(job: Job, start: Result | None) -> Result:
 
 
 def fit(job: Job, folder: Path, state: State, stop: Stop) -> State:
-    """Train to the end or to a signal; the best model so far is always on disk in `folder`."""
+    """Train to the end or to a signal; the folder always holds the best model so far."""
     log, config = Log(folder, job.config.batch_size), job.config
     loop = steps_of(job, batches_by_round(job, first=state.step + 1), first=state.step + 1)
     bar = tqdm(loop, total=job.steps, initial=state.step, disable=None, unit="step")
@@ -262,18 +261,18 @@ def fit(job: Job, folder: Path, state: State, stop: Stop) -> State:
     return state
 
 
-def steps_of(job: Job, batches: Iterator[Batch], *, first: int
+def steps_of(job: Job, batches: Iterator[Batch], *, first: int = 1
              ) -> Iterator[tuple[int, Tensor, Encoded]]:
-    """The training loop of a job."""
+    """`train` on what a job holds."""
     loop = train(job.model, job.method, job.optimizer, batches, job.config, steps=job.steps,
                  first=first, bf16=job.bf16)
     return within_memory(loop, job.config)
 
 
 def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
-    """The batches of steps first.. made early, but none of a round before its `refresh`.
+    """The batches from step `first` on; those of a round are made when its `refresh` is done.
 
-    A run that goes on in the middle of a round finds what `refresh` left in its state.
+    A run that goes on in the middle of a round has the result of `refresh` in its state.
     """
     method, plan, begin = job.method, job.method.rounds(job.steps), 1
     for count, rows in plan:
@@ -288,24 +287,21 @@ def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
 
 
 def keep_best(job: Job, folder: Path, state: State) -> tuple[State, dict]:
-    """Score on dev; a better model is staged, until the state is saved. Without dev, any is."""
-    scores, found = {}, {}
-    if job.inputs.dev is not None:
-        result = job.inputs.dev.score(job.encode)
-        scores, found = result.scores, {"dev": result.scores, "dev_geometry": result.geometry}
-    better = not state.best_step or not scores or scores["avg"] > state.best
-    if better:
+    """Score on dev, and stage the model if it is better; without dev the last one is the best."""
+    result = job.inputs.dev.score(job.encode) if job.inputs.dev else None
+    score = result.scores["avg"] if result else state.best
+    if not state.best_step or not result or score > state.best:
         stage(contents(job.model), run_folder.waiting(folder, state.step))
-        state = replace(state, best_step=state.step, best=scores.get("avg", state.best))
-    return state, found
+        state = replace(state, best_step=state.step, best=score)
+    return state, {"dev": result.scores, "dev_geometry": result.geometry} if result else {}
 
 
 def fit_turns(job: Job, folder: Path, state: State, stop: Stop) -> State:
-    """A paper with a loop of its own around `train` (fedrcl, pnr): a step is one of its turns."""
+    """`fit` for a paper that calls `train` in turns (fedrcl, pnr): each counts as one step."""
     if not state.step:
         run_folder.save_state(folder, state, job.networks, job.optimizer)
     try:
-        for row in job.method.outer_loop(job, partial(train_turn, job, stop), first=state.step + 1):
+        for row in job.method.outer_loop(job, partial(train_on, job, stop), first=state.step + 1):
             state, scores = keep_best(job, folder, replace(state, step=state.step + 1))
             run_folder.add_line(folder, {"step": state.step, **row, **scores})
             run_folder.save_state(folder, state, job.networks, job.optimizer)
@@ -315,16 +311,16 @@ def fit_turns(job: Job, folder: Path, state: State, stop: Stop) -> State:
     return state
 
 
-def train_turn(job: Job, stop: Stop, rows: Sequence[int], *, number: int, steps: int,
+def train_on(job: Job, stop: Stop, rows: Sequence[int], *, number: int, steps: int,
                learning_rate: float) -> float:
-    """Some steps on these rows, with an optimizer and a schedule of their own; their mean loss."""
+    """Train on these rows with a new optimizer and schedule; the mean loss of the steps."""
     config = replace(job.config, seed=job.config.seed + SEED_STEP * number,
                      learning_rate=learning_rate)
     batches = data.ahead(make_batches(job.method, job.inputs.tokenizer, config, [(steps, rows)]))
-    loop = train(job.model, job.method, make_optimizer(job.model, job.method, config), batches,
-                 config, steps=steps, bf16=job.bf16)
+    turn = replace(job, config=config, steps=steps,
+                   optimizer=make_optimizer(job.model, job.method, config))
     losses = []
-    for _, loss, _ in tqdm(within_memory(loop, config), total=steps, disable=None, leave=False):
+    for _, loss, _ in tqdm(steps_of(turn, batches), total=steps, disable=None, leave=False):
         losses.append(loss)
         if stop.signal:
             raise KeyboardInterrupt
@@ -332,7 +328,7 @@ def train_turn(job: Job, stop: Stop, rows: Sequence[int], *, number: int, steps:
 
 
 def finish(job: Job, folder: Path, state: State) -> dict:
-    """Score the best model as it lies on disk, and write the results."""
+    """Score the best model as it lies on the disk, and write the results."""
     try:
         best = load(folder).to(job.inputs.device)
         after = job.inputs.test.score(partial(encode, best, job.inputs.tokenizer))
@@ -346,12 +342,13 @@ def finish(job: Job, folder: Path, state: State) -> dict:
 
 def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, *, resume: bool, overwrite: bool
               ) -> str:
-    """One sub-folder per seed, then the spread over them."""
+    """Run every seed in a folder of its own; the text of mean and spread over them."""
     found, start = {}, None
     for seed in seeds:
         found[seed] = run(inputs, replace(inputs.config, seed=seed), folder / f"seed-{seed}",
                           resume=resume, overwrite=overwrite, start=start)
-        start = Result.before(found[seed])
+        start = Result(found[seed]["before"], mean=found[seed]["before_mean"],
+                       geometry=found[seed]["geometry_before"])
         print(f"seed {seed}: average {found[seed]['test']['avg']:.2f}", file=sys.stderr)
     return results.summarise(folder, inputs.config, found)
 
@@ -359,7 +356,7 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, *, resume: bool, o
 # ---- the program ----------------------------------------------------------------------------
 
 def dry_run(inputs: Inputs) -> str:
-    """Three steps, a score, a save and a reload on the first rows: what can break has broken."""
+    """Three steps, a score, a save and a reload on the first rows; the text of the plan."""
     least, config = max(DRY_ROWS, 4 * inputs.config.batch_size), inputs.config
     few = [corpus.part(range(min(len(corpus), least))) for corpus in inputs.corpora]
     with exits(3):

@@ -6,10 +6,8 @@ What encodes a sentence? BERT and RoBERTa in plain PyTorch, poolings and heads.
     hidden  (B, T, D)  one vector a token, L + 1 times: the embeddings, then every layer
     x       (B, D)     one vector a sentence, pooled from the hidden states
 
-BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) compute the same; only their positions
-start at different numbers.
-Not here: how weights come in and go out (engine/encoders.py), texts and tokens (data.py), what the
-vectors are trained for (losses.py).
+BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019) differ only in the number of their first
+position. Not here: reading and writing weights (engine/encoders.py), tokens (data.py), losses.py.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +25,6 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_new": partial(F.gelu, approximate="tanh"), 
 @dataclass(frozen=True)
 class EncoderConfig:
     """The numbers that make an encoder; the defaults are BERT's, as config.json may lack some."""
-
     model_type: str                                               # "bert" or "roberta"
     vocab_size: int
     width: int
@@ -44,7 +41,7 @@ class EncoderConfig:
 
     @property
     def first_position(self) -> int:
-        """RoBERTa counts on from the padding's id, so its first positions are never used."""
+        """RoBERTa counts on from the padding's id, so it never uses its first positions."""
         return self.pad_id + 1 if self.model_type == "roberta" else 0
 
     @property
@@ -62,17 +59,14 @@ def initialize(module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The R real tokens of a batch in one block: only attention computes on padding.
-
-    Of a batch cut at 32 tokens a fifth is padding on Wikipedia.
-    """
+    """The R real tokens of a batch in one block; only attention computes on padding."""
     rows: Tensor                                                  # (R, D)
     places: Tensor                                                # (R,) among all B·T
     mask: Tensor                                                  # (B, T)
 
     @property
     def whole(self) -> bool:
-        """Nothing is padding, so that to pack and to unpack only changes the shape."""
+        """True where nothing is padding, so that packing only changes the shape."""
         return len(self.places) == self.mask.numel()
 
     def pack(self, x: Tensor) -> Tensor:                          # (B, T, D) -> (R, D)
@@ -80,19 +74,19 @@ class Tokens:
         return x if self.whole else x.index_select(0, self.places)
 
     def unpack(self, rows: Tensor) -> Tensor:                     # (R, D) -> (B, T, D)
-        """Padding becomes 0."""
+        """The rows in their places; padding is 0."""
         if not self.whole:
             empty = rows.new_zeros(self.mask.numel(), rows.shape[1])
             rows = empty.index_copy_(0, self.places, rows)
         return rows.unflatten(0, self.mask.shape)
 
     def starts(self) -> Tensor:                                   # -> (B,)
-        """Where each sentence begins in the block."""
+        """The row of each sentence's first token."""
         lengths = self.mask.sum(dim=1)
         return lengths.cumsum(0) - lengths
 
     def first(self) -> "Tokens":
-        """The first token of every sentence, alone: T is 1."""
+        """Only the first token of every sentence: T is 1."""
         rows = self.rows[self.starts()]                           # (B, D)
         return Tokens(rows, torch.arange(len(rows), device=rows.device), self.mask[:, :1])
 
@@ -110,8 +104,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.query, self.key, self.value, self.output = (
-            nn.Linear(config.width, config.width) for _ in range(4)
-        )
+            nn.Linear(config.width, config.width) for _ in range(4))
         self.heads, self.dropout = config.heads, config.attention_dropout
 
     def forward(self, asking: Tokens, x: Tokens) -> Tensor:       # Q tokens, R tokens -> (Q, D)
@@ -120,14 +113,13 @@ class SelfAttention(nn.Module):
             for project, tokens in ((self.query, asking), (self.key, x), (self.value, x))
         )                                                                         # (B, H, T, D/H)
         mixed = F.scaled_dot_product_attention(                                   # (B, H, T, D/H)
-            q, k, v, attn_mask=x.mask[:, None, None, :],          # nobody looks at padding
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+            q, k, v, attn_mask=x.mask[:, None, None, :],          # no token looks at padding
+            dropout_p=self.dropout if self.training else 0.0)
         return self.output(asking.pack(mixed.transpose(1, 2).flatten(2)))         # (Q, D)
 
 
 class Layer(nn.Module):
-    """Tokens look at each other, then each works alone. LayerNorm follows the sum: post-norm."""
+    """Attention between tokens, then a network on each alone; LayerNorm follows each sum."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -140,14 +132,14 @@ class Layer(nn.Module):
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, asking: Tokens, x: Tokens) -> Tokens:       # Q tokens, R tokens -> Q tokens
-        """The next state of those that ask: all of x, except where less of it is read."""
+        """The next hidden state of the tokens that ask, which are some or all of x."""
         rows = self.attention_norm(asking.rows + self.dropout(self.attention(asking, x)))
         rows = self.norm(rows + self.dropout(self.outer(self.activation(self.inner(rows)))))
         return replace(asking, rows=rows)
 
 
 class Encoder(nn.Module):
-    """BERT or RoBERTa. What comes out is [embeddings, layer 1, ..., layer L]; padding is 0."""
+    """BERT or RoBERTa; it returns [embeddings, layer 1, ..., layer L], where padding is 0."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -162,15 +154,14 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor, *,
                 first_only: bool = False) -> list[Tensor]:         # (B, T), (B, T) -> (B, T, D)s
-        """With `first_only` the last layer is computed for the first token alone: (B, 1, D)."""
+        """The hidden states; `first_only` leaves but the first token of the last: (B, 1, D)."""
         return self.through(self.embed(ids, mask), first_only=first_only)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tokens:         # (B, T), (B, T) -> R tokens
-        """What goes into the first layer: word, position and type, normalized."""
+        """The input of the first layer: word, position and type, normalized."""
         T, most = ids.shape[1], self.config.usable_positions
         if T > most:
-            raise ValueError(f"expected at most {most} tokens a sentence, found {T}; "
-                             "lower max_tokens")
+            raise ValueError(f"expected at most {most} tokens, found {T}; lower max_tokens")
         positions = self.positions.weight[self.config.first_position :][:T]       # (T, D)
         # Type 0 marks the first of an input's sentences, which is the only one here.
         x = self.words(ids) + self.types.weight[0] + positions                    # (B, T, D)
@@ -187,20 +178,18 @@ class Encoder(nn.Module):
         return hidden
 
 
-# --- From tokens to a sentence ---
-
 def cls(hidden: list[Tensor], mask: Tensor) -> Tensor:            # (B, T, D)s, (B, T) -> (B, D)
     """The first token of the last layer: [CLS] in BERT, <s> in RoBERTa."""
     return hidden[-1][:, 0]
 
 
 def mean(hidden: list[Tensor], mask: Tensor) -> Tensor:
-    """The mean token of the last layer, [CLS] and [SEP] included. Padding has no vote."""
+    """The mean of the last layer over the real tokens, [CLS] and [SEP] included."""
     return (hidden[-1] * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
 def first_last(hidden: list[Tensor], mask: Tensor) -> Tensor:
-    """The mean of layers 1 and L. SimCSE's code, too, means hidden[1], not the embeddings."""
+    """The mean of layers 1 and L: SimCSE's code, too, takes hidden[1], not the embeddings."""
     return mean([(hidden[1] + hidden[-1]) / 2], mask)
 
 
@@ -227,8 +216,8 @@ class SentenceEncoder(nn.Module):
     """One vector a sentence: encoder, pooling and, in training, a head.
 
     Unsupervised SimCSE drops the head after training, supervised SimCSE keeps it (`keep_head`).
-    `normalize` makes vectors of length 1 outside training, `max_tokens` is where `encode` cuts,
-    `files` are those that go unchanged from the folder read to the folder written.
+    `normalize` makes vectors of length 1 outside training; `encode` cuts at `max_tokens`; `files`
+    go unchanged from the folder read to the folder written.
     """
 
     def __init__(self, encoder: Encoder, *, pooling: str = "mean", head: nn.Module | None = None,
@@ -244,11 +233,11 @@ class SentenceEncoder(nn.Module):
         return self.embed(self.layers(ids, mask), mask)
 
     def layers(self, ids: Tensor, mask: Tensor) -> list[Tensor]:  # -> L + 1 x (B, T, D)
-        """The hidden states, as far as the pooling reads them: one token of the last for [CLS]."""
+        """The hidden states that the pooling reads: for [CLS], one token of the last layer."""
         return self.encoder(ids, mask, first_only=self.pooling == "cls")
 
     def embed(self, hidden: list[Tensor], mask: Tensor) -> Tensor:
-        """What follows the encoder, for a method that needs the layers as well."""
+        """The vectors from the hidden states, for a method that needs these as well."""
         x = POOLINGS[self.pooling](hidden, mask)                  # (B, D)
         if self.head is not None and (self.training or self.keep_head):
             x = self.head(x)
@@ -257,17 +246,16 @@ class SentenceEncoder(nn.Module):
 
 @torch.no_grad()
 def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str], *,
-           batch_size: int = 64, max_tokens: int | None = None,
-           precision: torch.dtype = torch.float32,
-           pooling: str | None = None) -> Tensor:                 # N sentences -> (N, D)
+           batch_size: int = 64, max_tokens: int | None = None, pooling: str | None = None,
+           precision: torch.dtype = torch.float32) -> Tensor:     # N sentences -> (N, D)
     """The vectors of sentences, in their order, without dropout: float32, on the CPU.
 
-    Equal sentences are encoded once, and those of like length together: that is little padding.
-    With `pooling` given, it is what the bare encoder makes of them, whatever head the model has.
+    Equal sentences are encoded once, and those of like length together, for little padding.
+    `pooling` replaces the model's own, and then no head is used.
     """
     unique = sorted(dict.fromkeys(sentences), key=len, reverse=True)
     device, was_training = next(model.parameters()).device, model.training
-    # Vectors stay on the device until the end: it computes while the next batch is tokenized.
+    # Vectors stay on the device, which so computes while the next batch is tokenized.
     vectors = torch.empty(len(unique), model.config.width, device=device)
     model.eval()
     try:
@@ -286,9 +274,9 @@ def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str]
 
 def batches_by_length(sentences: Sequence[str], tokenizer: Callable, batch_size: int,
                       max_tokens: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Places (B,), ids and mask (B, T) of sentences that have the same length, or nearly.
+    """Places (B,), ids and mask (B, T) of sentences of like length.
 
-    They come sorted by letters; in a window of 32 batches the tokens decide.
+    They come sorted by letters; within a window of 32 batches they are sorted by tokens.
     """
     for start in range(0, len(sentences), 32 * batch_size):
         ids, mask = tokenizer(sentences[start : start + 32 * batch_size], max_tokens=max_tokens)
@@ -299,10 +287,7 @@ def batches_by_length(sentences: Sequence[str], tokenizer: Callable, batch_size:
 
 
 class MaskedLMHead(nn.Module):
-    """Scores every word of the vocabulary as the one behind a token.
-
-    `words` decodes: the encoder's own word embeddings tie the two together, a clone does not.
-    """
+    """Scores every word of the vocabulary as the one behind a token, by its row of `words`."""
 
     def __init__(self, config: EncoderConfig, words: nn.Parameter):
         super().__init__()

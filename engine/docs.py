@@ -4,13 +4,10 @@ What English is on every user's machine? The documentation of numpy, scipy and t
     doc_sentences()   some ten thousand sentences from the docstrings: a corpus without a download
     doc_twins()       (name, torch's sentence, numpy's or scipy's): a test without a download
 
-A function of one name in two libraries is described twice, by different people: two paraphrases,
-and the name is the label. Sentences of the test are left out of the corpus.
-
-No module is imported to read the corpus: a docstring is a string in triple quotes, and what is no
-English in it (code, tables, lists of parameters) is indented, or fails `is_sentence`.
-What is found depends on the versions of the three packages, so scores on the twins compare only
-models that were tested on one installation.
+Functions of one name in two libraries are described by different people: two paraphrases. The
+corpus is read from the source, where a docstring is a string in triple quotes, and lacks the
+sentences of the test. Both depend on the versions of the three packages, so that scores compare
+only within one installation.
 """
 
 import importlib
@@ -25,21 +22,13 @@ from pathlib import Path
 PACKAGES = ("numpy", "scipy", "torch")
 NOT_READ = {"tests", "testing", "_vendor", "distutils"}         # folders of no use to users
 
-# Where a name means one thing, but for a few. The first pair of modules that has it keeps it.
+# Modules where a name means the same, but for the false friends. The first pair that has it counts.
 SIBLINGS = [
-    ("torch", "numpy"),
-    ("torch.linalg", "numpy.linalg"),
-    ("torch.linalg", "scipy.linalg"),
-    ("torch.fft", "numpy.fft"),
-    ("torch.fft", "scipy.fft"),
-    ("torch.special", "scipy.special"),
-    ("torch.nn.functional", "scipy.special"),
-    ("torch.signal.windows", "scipy.signal.windows"),
+    ("torch", "numpy"), ("torch.linalg", "numpy.linalg"), ("torch.linalg", "scipy.linalg"),
+    ("torch.fft", "numpy.fft"), ("torch.fft", "scipy.fft"), ("torch.special", "scipy.special"),
+    ("torch.nn.functional", "scipy.special"), ("torch.signal.windows", "scipy.signal.windows"),
 ]
 FALSE_FRIENDS = {"select", "typename"}
-
-
-# ---- from a docstring to sentences ----------------------------------------------------------
 
 # A line that is not prose: indented, a code example, a directive, an item, a rule, a table, a call.
 NOT_PROSE = re.compile(r"^(?:\s|>>>|\.\. |[-*] |[-=~*^|+]{2}|[\w.]+\(.*\)$)", re.MULTILINE)
@@ -66,7 +55,7 @@ SMALL_WORDS = set("a an and are as at be by for from if in is it not of on or th
 
 
 def paragraphs(docstring: str) -> list[str]:
-    """The paragraphs as a reader of the rendered page sees them; "" for one that is not prose."""
+    """The paragraphs as the rendered page shows them; "" for one that is not prose."""
     text = SIGNATURES.sub("", inspect.cleandoc(docstring) + "\n")
     return ["" if NOT_PROSE.search(paragraph) else without_markup(paragraph)
             for paragraph in re.split(r"\n\s*\n", text)]
@@ -89,11 +78,9 @@ def is_sentence(text: str) -> bool:
 
 
 def folded(sentence: str) -> str:
-    """What spellings of one sentence share: its letters and digits."""
+    """The letters and digits of a sentence, in lower case, by which copies of it are found."""
     return re.sub(r"[\W_]+", " ", sentence).strip().lower()
 
-
-# ---- the corpus -----------------------------------------------------------------------------
 
 def docstrings() -> Iterator[str]:
     """Every string in triple quotes in the source of the packages."""
@@ -107,7 +94,7 @@ def docstrings() -> Iterator[str]:
 
 @cache
 def doc_sentences() -> list[str]:
-    """The sentences of all docstrings, each once, without those of the twins. It takes seconds."""
+    """The sentences of all docstrings, each once, without those of the twins."""
     known = {folded(sentence) for _, *pair in doc_twins() for sentence in pair}
     found = {}
     for docstring in docstrings():
@@ -117,13 +104,11 @@ def doc_sentences() -> list[str]:
     return [sentence for key, sentence in found.items() if key not in known]
 
 
-# ---- the twins ------------------------------------------------------------------------------
-
 @cache
 def doc_twins() -> list[tuple[str, str, str]]:
     """How torch and numpy, or scipy, describe each function that they share.
 
-    No sentence occurs twice, so every question has one right answer.
+    No sentence occurs twice, so that every question has one right answer.
     """
     if sys.flags.optimize > 1:
         raise ValueError("the built-in test is made of docstrings: run python without -OO")
@@ -140,7 +125,7 @@ def doc_twins() -> list[tuple[str, str, str]]:
 
 
 def first_sentence(function: object) -> str:
-    """How its docstring begins; "" if that is no description, or one that needs a formula."""
+    """The first sentence of its docstring; "" if that is no description, or needs a formula."""
     if not callable(function) or inspect.isclass(function) or not function.__doc__:
         return ""
     sentence = SENTENCE_END.split(paragraphs(function.__doc__)[0])[0]

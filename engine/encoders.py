@@ -4,9 +4,9 @@ How do encoders come in and go out? Folders as Hugging Face stores them.
     load(folder) -> SentenceEncoder       save(model, folder)
     load_masked_lm(folder, model)         save_masked_lm(model, head, folder)
 
-What was saved loads here, in transformers and in sentence-transformers, with the same vectors. Our
-names are our own: one table for settings and one for tensors translate them, both ways. Reading
-is all or nothing: a tensor that is missing or left over is an error that lists it.
+What was saved loads here, in transformers and in sentence-transformers, with the same vectors. One
+table for settings and one for tensors translate our names, both ways. A tensor that is missing or
+left over is an error.
 """
 
 import json
@@ -36,23 +36,19 @@ SUPPORTED = {
     "position_embedding_type": ["absolute"], "add_cross_attention": [False],
 }
 ENCODER = [                                                       # ours -> model.safetensors'
-    ("^words", "embeddings.word_embeddings"),
-    ("^positions", "embeddings.position_embeddings"),
-    ("^types", "embeddings.token_type_embeddings"),
-    ("^norm", "embeddings.LayerNorm"),
-    ("^layers", "encoder.layer"),
-    ("attention.(query|key|value)", r"attention.self.\1"),
+    ("^words", "embeddings.word_embeddings"), ("^positions", "embeddings.position_embeddings"),
+    ("^types", "embeddings.token_type_embeddings"), ("^norm", "embeddings.LayerNorm"),
+    ("^layers", "encoder.layer"), ("attention.(query|key|value)", r"attention.self.\1"),
     ("attention.output", "attention.output.dense"),
-    ("attention_norm", "attention.output.LayerNorm"),
-    ("inner", "intermediate.dense"),
-    ("outer", "output.dense"),
-    (r"\.norm", ".output.LayerNorm"),
+    ("attention_norm", "attention.output.LayerNorm"), ("inner", "intermediate.dense"),
+    ("outer", "output.dense"), (r"\.norm", ".output.LayerNorm"),
 ]
 MASKED_LM = {
     "bert": [("^", "cls.predictions."), ("dense", "transform.dense"),
              ("norm", "transform.LayerNorm"), ("words", "decoder.weight")],
     "roberta": [("^", "lm_head."), ("norm", "layer_norm"), ("words", "decoder.weight")],
 }
+POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
 POOLER, DENSE = [("^", "pooler.dense.")], [("^", "linear.")]      # a kept head, in either library
 DENSE_SETTINGS = {"bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
 CHAINS = [["Transformer", "Pooling", *more]
@@ -64,7 +60,7 @@ COPIED = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tok
 
 
 def read_config(folder: str | Path) -> EncoderConfig:
-    """The numbers in config.json; refuses what would not compute the same as there."""
+    """The numbers in config.json; refuses an encoder that ours does not compute."""
     path = Path(folder) / "config.json"
     found = read(path)
     for key, allowed in SUPPORTED.items():
@@ -81,7 +77,7 @@ def read_config(folder: str | Path) -> EncoderConfig:
 
 
 def check_numbers(config: EncoderConfig, path: Path) -> None:
-    """Is there an encoder with these numbers?"""
+    """Refuse numbers that no encoder can have."""
     expected = {name: ("1 or more", getattr(config, name) >= 1) for name in
                 ("vocab_size", "width", "layers", "heads", "inner", "types", "usable_positions")}
     expected |= {name: ("from 0 to 1", 0 <= getattr(config, name) <= 1)
@@ -104,15 +100,15 @@ def translate(tensors: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[
 
 
 def wrong(path: str | Path, expected: object, found: object) -> ValueError:
-    """The error for a file that is not what this encoder can be made of."""
+    """The error for a file that makes no encoder of ours."""
     return ValueError(f"{path}: expected {expected}, found {found}; choose another encoder")
 
 
 def read(path: Path) -> dict | list:
     """The content of a JSON or safetensors file, refused where the file is missing or damaged."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected an encoder as Hugging Face stores "
-                                "it, with its weights in model.safetensors; choose another folder")
+        raise FileNotFoundError(f"{path} is missing: expected an encoder as Hugging Face stores it,"
+                                " with model.safetensors; choose another folder")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -126,7 +122,7 @@ def read(path: Path) -> dict | list:
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], table: list[tuple[str, str]],
          path: Path) -> None:
-    """Every tensor of the module comes from the file, and none of the file's is left over."""
+    """Fill every tensor of the module from those of a file, and leave none of these over."""
     own = translate(module.state_dict(), table)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -157,14 +153,13 @@ def load(folder: str | Path, *, pooling: str | None = None,
     check_size(config, sum(tensor.numel() for tensor in tensors.values()), path)
     encoder = Encoder(config)
     fill(encoder, tensors, ENCODER, path)
-    found = read_modules(folder, config.width)
-    found["pooling"] = pooling or found["pooling"]
+    found = read_modules(folder, config.width) | ({"pooling": pooling} if pooling else {})
     files = {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
     return SentenceEncoder(encoder, files=files, **found)
 
 
 def check_size(config: EncoderConfig, found: int, path: Path) -> None:
-    """An encoder that the file cannot fill is not even made: it could take all memory."""
+    """Refuse an encoder that the file cannot fill before it is made: it could take all memory."""
     least = config.width * (config.vocab_size + config.positions + config.types
                             + config.layers * (4 * config.width + 2 * config.inner))
     if found < least:
@@ -172,7 +167,7 @@ def check_size(config: EncoderConfig, found: int, path: Path) -> None:
 
 
 def read_modules(folder: Path, width: int) -> dict:
-    """What follows the encoder in sentence-transformers; where it says nothing, the mean."""
+    """The modules after the encoder, as sentence-transformers has them; without any, the mean."""
     found, limits, path = {}, folder / "sentence_bert_config.json", folder / "modules.json"
     if limits.is_file():
         most = found["max_tokens"] = read(limits).get("max_seq_length")
@@ -201,22 +196,21 @@ def read_modules(folder: Path, width: int) -> dict:
 
 
 def read_pooling(path: Path) -> str:
-    """The one that is on: `"pooling_mode": "mean"` or, in older files, one of several booleans."""
+    """The pooling: `"pooling_mode": "mean"` or, in older files, one of several booleans."""
     settings = read(path)
     on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
     found = settings.get("pooling_mode", on)
-    if found in ("cls", ["pooling_mode_cls_token"]):
-        return "cls"
-    if found in ("mean", ["pooling_mode_mean_tokens"]):
-        return "mean"
+    for pooling, key in POOLING_KEYS.items():
+        if found in (pooling, [key]):
+            return pooling
     raise wrong(path, "cls or mean pooling", found)
 
 
 def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
     """The head that the encoder was pre-trained with.
 
-    Its decoder starts as a copy of the word embeddings and goes its own way, as in SimCSE's code;
-    `head.words = model.encoder.words.weight` ties them again.
+    Its decoder starts as a copy of the word embeddings, which SimCSE's code trains apart from them;
+    `head.words = model.encoder.words.weight` ties the two again.
     """
     path, table = Path(folder) / "model.safetensors", MASKED_LM[model.config.model_type]
     found = {name: tensor for name, tensor in sorted(translate(read(path), TODAY).items())
@@ -232,7 +226,7 @@ def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
 
 
 def check_vocabulary(config: EncoderConfig, ids: Collection[int]) -> None:
-    """An encoder may know a few words more than its tokenizer, for a round number; never fewer."""
+    """Refuse a tokenizer with more words than the encoder, or far fewer (a few: rounding)."""
     if not 0.9 * config.vocab_size <= len(ids) <= config.vocab_size:
         raise wrong("tokenizer.json", f"90 to 100 % of the encoder's {config.vocab_size} entries",
                     len(ids))
@@ -246,10 +240,10 @@ def save(model: SentenceEncoder, folder: str | Path) -> None:
 
 
 def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
-    """Every file of the folder, by name; a head that served training only is left out."""
+    """Every file of the folder, by name; a head that only training uses is left out."""
     if model.pooling not in ("cls", "mean"):
-        raise ValueError(f"expected cls or mean pooling, found {model.pooling}, which has no name "
-                         "in sentence-transformers; use it for evaluation only")
+        raise ValueError(f"expected cls or mean pooling, found {model.pooling}, which sentence-"
+                         "transformers lacks; use it for evaluation only")
     config, width = json.loads(model.files.get("config.json", "{}")), model.config.width
     config |= {theirs: getattr(model.config, ours) for ours, theirs in SETTINGS.items()}
     config |= {"architectures": [model.config.model_type.capitalize() + "Model"],
@@ -264,8 +258,8 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
                           "type": f"sentence_transformers.models.{kind}"}
                          for i, kind in enumerate(chain)],
         "1_Pooling/config.json": {
-            "word_embedding_dimension": width, "pooling_mode_cls_token": model.pooling == "cls",
-            "pooling_mode_mean_tokens": model.pooling == "mean",
+            "word_embedding_dimension": width,
+            **{key: model.pooling == pooling for pooling, key in POOLING_KEYS.items()},
             "pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False},
         "sentence_bert_config.json": {"max_seq_length": model.max_tokens, "do_lower_case": False},
         "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": "cosine"},
@@ -279,10 +273,7 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
 
 
 def save_masked_lm(model: SentenceEncoder, head: MaskedLMHead, folder: str | Path) -> None:
-    """Write encoder and tied head for transformers' AutoModelForMaskedLM, in half precision.
-
-    Half the bytes, and reading makes float32 of them again. Pooling is for others to choose.
-    """
+    """Write encoder and tied head in float16 for transformers' AutoModelForMaskedLM."""
     kind = model.config.model_type
     files = {name: content for name, content in contents(model).items() if name in COPIED}
     files["config.json"] |= {"architectures": [kind.capitalize() + "ForMaskedLM"],

@@ -1,5 +1,5 @@
 """
-How is a file written so that none is ever half there? Beside its place, then renamed.
+How is a file written so that it is never half there? Beside its place, then renamed.
 
     write(path, content)    one file                put(files, folder)    several, all or none
     replacing(path)         one, by hand            read_json             what `write_json` wrote
@@ -20,26 +20,25 @@ from engine.tables import plain
 
 
 def put(files: dict[str, bytes | dict | list], folder: Path) -> None:
-    """All of the files into the folder, or none."""
-    waiting = folder / ".saving"
-    stage(files, waiting)
-    settle(waiting, folder)
+    """Write all of the files into the folder, or none."""
+    stage(files, folder / ".saving")
+    settle(folder / ".saving", folder)
 
 
 def stage(files: dict[str, bytes | dict | list], waiting: Path) -> None:
-    """Every file is complete on the disk before the first takes its place: see `settle`."""
-    shutil.rmtree(waiting, ignore_errors=True)                    # a killed program's
+    """Write every file into a folder beside, from which `settle` takes them to their places."""
+    shutil.rmtree(waiting, ignore_errors=True)                    # left by a killed program
     try:
         for name, content in files.items():
             (waiting / name).parent.mkdir(parents=True, exist_ok=True)
             write(waiting / name, content)
     except BaseException:
-        shutil.rmtree(waiting, ignore_errors=True)                # the disk may be full
+        shutil.rmtree(waiting, ignore_errors=True)
         raise
 
 
 def settle(waiting: Path, folder: Path) -> None:
-    """What was staged takes its place; stopped halfway, it can be done again."""
+    """Move staged files to their places; stopped halfway, it can be done again."""
     for path in sorted(waiting.rglob("*")):
         place = folder / path.relative_to(waiting)
         if path.is_dir():
@@ -51,10 +50,7 @@ def settle(waiting: Path, folder: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; its file takes the place of `path` when it is whole and on the disk.
-
-    Where writing fails, the old one stands.
-    """
+    """A path to write to; only when that file is whole on the disk does it replace `path`."""
     fresh = path.with_name(path.name + ".tmp")
     try:
         with naming(path):
@@ -68,7 +64,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in the error: a full disk does not say what it had no room for."""
+    """Name the file in the error, as that of a full disk does not."""
     try:
         yield
     except OSError as error:
@@ -76,7 +72,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, content: bytes | dict | list) -> None:
-    """One file: bytes as they are, tensors as float32, settings as JSON."""
+    """Write a file: bytes as they are, tensors as float32, settings as JSON."""
     if path.suffix == ".safetensors" and isinstance(content, dict):
         content = packed(content, torch.float32)
     elif not isinstance(content, bytes):
@@ -86,7 +82,7 @@ def write(path: Path, content: bytes | dict | list) -> None:
 
 
 def packed(tensors: dict[str, Tensor], precision: torch.dtype) -> bytes:
-    """The bytes of a .safetensors file; transformers refuses one without that metadata."""
+    """The bytes of a .safetensors file, with the metadata that transformers requires."""
     tensors = {name: tensor.to("cpu", precision).contiguous() for name, tensor in tensors.items()}
     return safetensors.torch.save(tensors, metadata={"format": "pt"})
 
@@ -100,7 +96,7 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def read_json(path: Path, *keys: str) -> dict:
-    """A file of a run: an object with these keys, an object under each."""
+    """The content of a file of a run, which must have an object under each of these keys."""
     with suppress(ValueError, RecursionError, TypeError, KeyError):
         found = json.loads(path.read_bytes())
         if all(isinstance(found[key], dict) for key in keys):

@@ -21,15 +21,14 @@ from pathlib import Path
 
 import torch
 
-# ---- a field is a flag ----------------------------------------------------------------------
 
 def flag(default, group: str, text: str, choices=None, *, several: bool = False,
          least: float = -math.inf, above: float = -math.inf, most: float = math.inf,
          below: float = math.inf, why: str = ""):
-    """A field of a dataclass together with its flag.
+    """A field of a dataclass, and its flag.
 
-    A number must lie from `least` to `most`, or strictly between `above` and `below`; `why` says
-    the reason where it surprises. `several` values make a list.
+    A number may be `least` and `most` themselves, but must be greater than `above` and less than
+    `below`, for the reason `why`. `several` values make a list.
     """
     return field(default=default, metadata={
         "group": group, "help": text, "choices": choices, "several": several,
@@ -38,7 +37,7 @@ def flag(default, group: str, text: str, choices=None, *, several: bool = False,
 
 @dataclass(frozen=True)
 class Row:
-    """A row of `--list`. Published averages: seven STS tasks, only those that we could check."""
+    """A row of `--list`; published are averages of the seven STS tasks that we could check."""
     flags: str
     idea: str
     citation: str
@@ -51,7 +50,7 @@ def dashed(name: str) -> str:
 
 
 def check_ranges(config) -> None:
-    """Refuse the first number that is outside of its range or not finite, naming the flag."""
+    """Refuse the first number that is not finite or outside of its range, by its flag."""
     for f in fields(config):
         value, limit = getattr(config, f.name), f.metadata
         if isinstance(value, (int, float)) and not (
@@ -61,7 +60,7 @@ def check_ranges(config) -> None:
 
 
 def in_words(limit: Mapping) -> str:
-    """A range: "0 or more and below 1"."""
+    """A range in words, such as "0 or more and below 1"."""
     words = {"least": "{:g} or more", "above": "above {:g}", "most": "at most {:g}",
              "below": "below {:g}"}
     said = [text.format(limit[end]) for end, text in words.items() if math.isfinite(limit[end])]
@@ -70,9 +69,9 @@ def in_words(limit: Mapping) -> str:
 
 def add_flags(parser: argparse.ArgumentParser, described: Iterable[Field],
               menus: dict[str, Iterable[str]] | None = None) -> dict:
-    """A flag for every field, in its group of --help; returns the groups by name.
+    """Add a flag for every field, in its group of --help; returns the groups by name.
 
-    `menus` has the choices of fields that are known only above the dataclass.
+    `menus` has the choices that the module of the dataclass cannot know.
     """
     groups = {}
     for f in described:
@@ -90,7 +89,7 @@ def add_flags(parser: argparse.ArgumentParser, described: Iterable[Field],
 
 
 class OneOrMore(argparse.Action):
-    """A single value stays what it is; several become a list."""
+    """Several values become a list; a single one stays what it is."""
 
     def __call__(self, parser, namespace, values, option=None):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
@@ -114,7 +113,7 @@ def count(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`: the first accelerator that is there. Anything else: a name that torch knows."""
+    """The device of this name; `auto` is the first accelerator that this machine has."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -127,7 +126,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def wants_bf16(precision: str, device: torch.device) -> bool:
-    """`auto`: where the hardware multiplies bfloat16, since elsewhere it is slower than float32."""
+    """Train in bfloat16? `auto`: where the hardware has it, since emulated it is slow."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -136,10 +135,8 @@ def wants_bf16(precision: str, device: torch.device) -> bool:
                                      or torch.cpu._is_amx_tile_supported())
 
 
-# ---- how a program ends ---------------------------------------------------------------------
-
 def command() -> str:
-    """This command line, to be typed again, with --resume after it."""
+    """This command line, to which --resume can be added."""
     kept = [arg for arg in sys.argv[1:] if arg not in ("--resume", "--overwrite")]
     spec = sys.modules["__main__"].__spec__
     as_module = spec is not None and spec.origin == sys.argv[0]
@@ -153,7 +150,7 @@ def complain(text: str) -> None:
 
 @contextmanager
 def exits(code: int):
-    """Where the input is wrong, say so in one sentence and end the program with this code."""
+    """Turn an error of the input into one sentence and this exit code."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -162,7 +159,7 @@ def exits(code: int):
 
 
 def program(main: Callable[[], None], again: str = "--resume") -> int:
-    """main with an exit code for what can happen at any moment; `again` is the way to go on."""
+    """Run main; the exit code says what went wrong, `again` is the flag to go on with."""
     try:
         main()
     except KeyboardInterrupt:
@@ -179,12 +176,10 @@ def program(main: Callable[[], None], again: str = "--resume") -> int:
 
 class Stop:
     """Remembers the first SIGINT or SIGTERM, so that the step in progress can end and be saved."""
-
-    def __init__(self):
-        self.signal = 0
+    signal = 0
 
     def __call__(self, number: int, frame) -> None:
-        if self.signal:                                           # asked twice: at once
+        if self.signal:                                           # asked twice: stop at once
             raise KeyboardInterrupt
         self.signal = number
 

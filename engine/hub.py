@@ -1,10 +1,8 @@
 """
-Where do files come from? A folder of one's own first, then the Hugging Face Hub.
+Where do files come from? A local folder first, then the Hugging Face Hub and its client's cache.
 
     data_file(names, folder)     a corpus          encoder_folder(name)      an encoder
     senteval_folder(folder)      the STS sets      file_sha256(path)         which file it was
-
-What comes from the Hub lies in its client's own cache. An archive is unpacked beside itself.
 """
 
 import hashlib
@@ -35,7 +33,7 @@ def local_folder(data: Path | None) -> Path | None:
 
 
 def data_file(names: Sequence[str], data: Path | None) -> Path:
-    """The first of these names in the local folder; else the one that the Hub has."""
+    """The first of these files in the local folder, else the one that the Hub has."""
     folder = local_folder(data)
     for name in names if folder else ():
         if found := sorted(folder.glob(name)):
@@ -46,19 +44,19 @@ def data_file(names: Sequence[str], data: Path | None) -> Path:
     remote = [name for name in names if name in ON_THE_HUB]
     if not remote:
         raise FileNotFoundError(f"{names[0]}: not on the Hub, and not in {folder or 'any folder'}; "
-                                f"pass the one that has it with --data or MINCSE_DATA")
+                                "name its folder with --data or MINCSE_DATA")
     return from_hub(remote[0])
 
 
 def from_hub(name: str) -> Path:
-    """A file of SimCSE's data set on the Hub, kept in the Hub client's own cache."""
+    """A file of SimCSE's data set on the Hub, from its client's cache."""
     with hub_errors(f"{name} of {HUB_DATASET}", instead="--data FOLDER or MINCSE_DATA=FOLDER"):
         from huggingface_hub import hf_hub_download  # here: it is slow to import
         return Path(hf_hub_download(HUB_DATASET, name, repo_type="dataset"))
 
 
 def encoder_folder(name: str) -> Path:
-    """The folder of an encoder: `mini` beside this file, a folder of one's own, or a Hub id."""
+    """The folder of an encoder: the built-in `mini`, a local folder, or a Hub id."""
     folder = Path(__file__).parent.parent / "mini" if name == "mini" else Path(name)
     if folder.is_dir():
         return folder
@@ -70,25 +68,24 @@ def encoder_folder(name: str) -> Path:
         for file in ENCODER_EXTRAS:
             try:
                 hf_hub_download(name, file)
-            except LocalEntryNotFoundError:     # no connection: what the cache has is in the folder
+            except LocalEntryNotFoundError:     # no connection, and no need to try it again
                 break
-            except EntryNotFoundError:          # the encoder comes without this file
+            except EntryNotFoundError:          # this encoder comes without the file
                 continue
     return path.parent
 
 
 @contextmanager
 def hub_errors(what: str, *, instead: str) -> Iterator[None]:
-    """One sentence for all that can go wrong between here and the Hub."""
+    """Turn whatever goes wrong between here and the Hub into one sentence."""
     try:
         yield
-    except Exception as error:                  # of three libraries, and other ones next year
+    except Exception as error:                  # three libraries raise their own here
         server = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
         reason = " ".join(str(error.__cause__ or error).split())[:160]
         raise FileNotFoundError(
-            f"{what}: not on this machine, and not to be had from the Hub at {server} ({reason}); "
-            f"look at HF_ENDPOINT (the server), HF_HUB_OFFLINE (1: only its cache) and HF_TOKEN "
-            f"(private files), or pass a local folder with {instead}") from error
+            f"{what}: not on this machine, nor from the Hub at {server} ({reason}); look at "
+            f"HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN, or pass {instead}") from error
 
 
 def senteval_folder(data: Path | None) -> Path:
@@ -107,7 +104,7 @@ def senteval_folder(data: Path | None) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Unpack plain files only, all inside the folder, which appears when it is complete."""
+    """Unpack plain files only, and only into the folder, which appears when it is complete."""
     try:
         with tarfile.open(archive) as tar, \
                 tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -127,7 +124,7 @@ def unpack(archive: Path, folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """What `sha256sum FILE` prints."""
+    """The checksum that `sha256sum FILE` prints."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

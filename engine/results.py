@@ -1,6 +1,4 @@
-"""
-What does a run say of itself? Its plan; then results.json, tables, a model card, a verdict.
-"""
+"""What does a run report? Its plan; then results.json, tables, a model card, a verdict."""
 
 import math
 import statistics
@@ -19,24 +17,25 @@ REFERENCE = {
 
 
 def default_folder(config) -> Path:
-    """runs/METHOD-ENCODER-CORPUS, with the loss and the positives where they are not the usual."""
-    extra = [config.loss] * (config.loss != "info-nce")
-    extra += [config.positives] * (config.positives != "dropout")
+    """runs/METHOD-ENCODER-CORPUS, with loss and positives where they are not the defaults."""
+    usual = ("info-nce", "dropout")
+    extra = [name for name in (config.loss, config.positives) if name not in usual]
     corpus = "-".join(Path(name).name.split(".")[0] for name in names_of(config.corpus))
     return Path("runs") / "-".join([config.method, *extra, Path(config.encoder).name, corpus])
 
 
 def names_of(corpus: str | list[str]) -> list[str]:
-    """The corpora of a run: one, or several to be learned in turn."""
+    """The corpora of a run as a list: one, or several to learn in turn."""
     return [corpus] if isinstance(corpus, str) else corpus
 
 
 def plan(*, steps: int, seconds: float, scores_every: int, scoring: float, preparing: float,
          turns: int, memory: str, same: bool) -> str:
-    """What --dry-run prints: how long a run would take, from what a few steps took."""
+    """The text of --dry-run: how long a run takes, as a few of its steps suggest."""
     scored = -(-steps // scores_every) if scores_every else 0
     minutes = (preparing + turns * (steps * seconds + (scored + 2) * scoring)) / 60
-    return "\n".join([f"steps: {steps} at {seconds:.3f} s" + f", {turns} times" * (turns > 1),
+    again = f", {turns} times" if turns > 1 else ""
+    return "\n".join([f"steps: {steps} at {seconds:.3f} s{again}",
                       f"dev scores: {scored}, at {scoring:.1f} s",
                       f"before the first step: {preparing / 60:.1f} minutes, by its first rows",
                       f"expected time: {minutes:.1f} minutes", f"peak memory: {memory}",
@@ -63,7 +62,7 @@ def conclude(folder: Path, config, state: State, after: dict, more: tuple[str, d
 
 
 def before_and_after(config, results: dict) -> str:
-    """results.md: the scores under the conventions that the test has, and the geometry."""
+    """The text of results.md: the scores by each convention, and the geometry."""
     rows = {"before": results["before"], "after": results["test"]}
     if results["mean"]:
         rows = {f"{name}, all": row for name, row in rows.items()}
@@ -78,14 +77,14 @@ def before_and_after(config, results: dict) -> str:
 
 
 def experiment(config) -> str:
-    """What was done, in one line."""
+    """The experiment in one line."""
     taught = f" taught by {config.teacher}" if getattr(config, "teacher", "") else ""
     return (f"{config.method} with {config.loss} and {config.positives}{taught}, from "
             f"{config.encoder} on {', '.join(names_of(config.corpus))}, test {config.test}")
 
 
 def model_card(folder: Path, config, text: str) -> str:
-    """README.md of the folder, with the lines that load it elsewhere."""
+    """The README.md of the folder, with the lines that load it elsewhere."""
     place = ("`pooler_output`" if config.head == "keep" else
              "the vector of the first token of the last layer" if config.pooling == "cls" else
              "the mean of the last layer over the real tokens")
@@ -112,9 +111,10 @@ In `transformers.AutoModel` take {place}.
 
 
 def summarise(folder: Path, config, results: dict[int, dict]) -> str:
-    """Mean and spread over seeds, as results.json and results.md of the parent folder."""
+    """Write mean and spread over seeds as results.json and results.md; returns the latter."""
     tests = [result["test"] for result in results.values()]
     columns = {task: [test[task] for test in tests] for task in tests[0]}
+    deviation = statistics.stdev if len(tests) > 1 else lambda scores: math.nan
     spread = {"mean": statistics.mean, "standard deviation": deviation, "lowest": min,
               "highest": max}
     rows = {name: {task: f(scores) for task, scores in columns.items()}
@@ -128,16 +128,11 @@ def summarise(folder: Path, config, results: dict[int, dict]) -> str:
     return text
 
 
-def deviation(scores: list[float]) -> float:
-    """Sample standard deviation; of a single run it is not known."""
-    return statistics.stdev(scores) if len(scores) > 1 else math.nan
-
-
 def verdict(config, mean: dict[str, float]) -> list[str]:
-    """Is the mean inside what 50 public seeds of the same experiment gave? Nothing elsewhere."""
-    usual = (config.method, config.loss, config.positives, config.corpus, config.test)
-    if usual != ("simcse", "info-nce", "dropout", "wiki1m", "sts") or (
-            config.encoder not in REFERENCE):
+    """The mean against 50 public seeds of the same experiment; [] for any other experiment."""
+    done = (config.method, config.loss, config.positives, config.corpus, config.test)
+    usual = ("simcse", "info-nce", "dropout", "wiki1m", "sts")
+    if done != usual or config.encoder not in REFERENCE:
         return []
     low, high, middle = REFERENCE[config.encoder]
     place = "inside" if low <= mean["avg"] <= high else "outside"

@@ -3,12 +3,11 @@ What does a run leave? A folder that explains itself, and from which a stopped r
 
     args.json       every setting; the command     env.json      machine, versions, corpus
     metrics.jsonl   one object a line              results.json  scores before and after
-    results.md, README.md (the model card)         written at the end, by results.py
-    state.pt        for --resume, removed at the end
-    config.json, model.safetensors, ...            the best model, written by encoders.save
+    state.pt        until the end, for --resume    results.md, README.md     at the end
+    config.json, model.safetensors, ...            the best model so far
 
-A better model waits in .best-STEP until state.pt, which names that step, is on the disk: killed
-at any moment, state and model belong together.
+A better model waits in .best-STEP until state.pt, which names that step, is on the disk: so state
+and model belong together whenever the run is killed.
 """
 
 import hashlib
@@ -20,36 +19,37 @@ import re
 import shutil
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim import Optimizer
 
 from engine.files import naming, read_json, replacing, settle, write_json, write_text
 from engine.flags import complain, dashed
 from engine.hub import ENCODER_EXTRAS, ENCODER_FILES, encoder_folder, file_sha256
 from engine.tables import plain
 
-# What --overwrite removes at once. args.json stays until it is replaced: it says whose this is.
+# What --overwrite removes at once; args.json stays until it is replaced, to mark the folder.
 OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "model.safetensors",
              "README.md", "bad-batch.json")
 # Settings that may differ when a run goes on. Smaller pieces draw other dropout, nothing else.
 HARMLESS = ("out", "device", "threads", "data", "micro_batch")
 
-# ---- files ----------------------------------------------------------------------------------
 
 def sources(inputs) -> dict[str, str]:
-    """The sha256 of all that a run reads, by its flag."""
+    """The sha256 of everything that a run reads, by its flag."""
     found = {"corpus": " ".join(corpus.sha256 for corpus in inputs.corpora),
              "encoder": encoder_sha256(inputs.folder)}
     for flag in ("generator", "teacher"):
         if name := getattr(inputs.config, flag, ""):
-            found[flag] = (file_sha256(Path(name)) if Path(name).is_file() else
-                           encoder_sha256(encoder_folder(name)))
+            found[flag] = (file_sha256(Path(name)) if Path(name).is_file()
+                           else encoder_sha256(encoder_folder(name)))
     for name in ("dev", "test"):
         found[name] = hashlib.sha256(repr(getattr(inputs, name)).encode()).hexdigest()
     return found
@@ -76,14 +76,10 @@ def finished(folder: Path) -> dict | None:
 
 def claim(folder: Path, config, sources: dict, before: dict | None, *, resume: bool,
           overwrite: bool) -> None:
-    """Make the folder the run's; refuse one that holds another run or something else.
-
-    `before` is what `started` found in it.
-    """
+    """Make the folder, or take it over; refuse one that holds another run or something else."""
     if folder.is_file():
         raise ValueError(f"--out {folder}: expected a folder, found a file: choose another name")
-    # Killed as it began, a run left nothing but half of its first file.
-    held = {path.name for path in folder.glob("*")} - {"args.json.tmp"}
+    held = {path.name for path in folder.glob("*")} - {"args.json.tmp"}   # killed as it began
     if held and "args.json" not in held:
         raise ValueError(f"{folder} exists and holds no run of this program: choose another --out")
     if held and not (resume or overwrite):
@@ -99,7 +95,7 @@ def claim(folder: Path, config, sources: dict, before: dict | None, *, resume: b
 
 
 def check_same(folder: Path, before: dict, config, sources: dict) -> None:
-    """A run goes on only with the settings that it was started with, and on the same data."""
+    """Refuse to go on with other settings than the run was started with, or on other data."""
     for name, now in asdict(config).items():
         then = before["config"].get(name)
         if name not in HARMLESS and then != now:
@@ -109,19 +105,18 @@ def check_same(folder: Path, before: dict, config, sources: dict) -> None:
         then = before["sources"].get(name)
         if then != now:
             raise ValueError(f"{folder} was started with another {dashed(name)} of the same name "
-                             f"(sha256 {then}, found {now}): bring it back, or start again with "
-                             "--overwrite")
+                             f"(sha256 {then}, found {now}): bring it back, or use --overwrite")
 
 
 def describe(folder: Path, config, sources: dict, command: str, doctor: dict) -> None:
-    """args.json and env.json: what is run, and on what."""
+    """Write args.json and env.json: what is run, and on what."""
     write_json(folder / "args.json",
                {"command": command, "config": asdict(config), "sources": sources})
     write_json(folder / "env.json", {"corpus": doctor, **environment()})
 
 
 def environment() -> dict:
-    """The machine and the versions, which every number of a run needs beside it."""
+    """The machine and the versions of the packages."""
     packages = ("torch", "numpy", "scipy", "tokenizers", "safetensors")
     return {"python": platform.python_version(), "processor": processor(),
             "platform": f"{platform.system()} {platform.machine()}",
@@ -137,8 +132,6 @@ def processor() -> str:
     return name[1] if name else platform.processor()
 
 
-# ---- while it runs --------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class State:
     """How far a run is, beside its tensors."""
@@ -148,9 +141,8 @@ class State:
     before: dict = field(default_factory=dict)                    # test result of the start
 
 
-def save_state(folder: Path, state: State, networks: nn.ModuleDict,
-               optimizer: torch.optim.Optimizer) -> None:
-    """All that a run needs to go on exactly: random draws are functions of seed and step."""
+def save_state(folder: Path, state: State, networks: nn.ModuleDict, optimizer: Optimizer) -> None:
+    """Write all that a run needs to go on exactly; random draws depend on seed and step alone."""
     everything = {"state": asdict(state), "networks": networks.state_dict(),
                   "optimizer": optimizer.state_dict()}
     with replacing(folder / "state.pt") as fresh, fresh.open("wb") as file:
@@ -161,9 +153,8 @@ def save_state(folder: Path, state: State, networks: nn.ModuleDict,
     settle_best(folder, state)
 
 
-def load_state(folder: Path, networks: nn.ModuleDict,
-               optimizer: torch.optim.Optimizer) -> State | None:
-    """Fill networks and optimizer from state.pt; None where there is none. Never unpickles code."""
+def load_state(folder: Path, networks: nn.ModuleDict, optimizer: Optimizer) -> State | None:
+    """Fill networks and optimizer from state.pt, or None without it; never unpickles code."""
     path = folder / "state.pt"
     if not path.is_file():
         return None
@@ -176,13 +167,13 @@ def load_state(folder: Path, networks: nn.ModuleDict,
         optimizer.load_state_dict(saved["optimizer"])
         check_state(state, optimizer)
     except Exception as error:
-        raise ValueError(f"{path}: expected the state of this run, found something else "
-                         f"({str(error)[:80]!r}): start again with --overwrite") from None
+        raise ValueError(f"{path}: expected the state of this run, found {str(error)[:80]!r}: "
+                         "start again with --overwrite") from None
     return state
 
 
-def check_state(state: State, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what torch would take: it reads moments of any shape, even past their end."""
+def check_state(state: State, optimizer: Optimizer) -> None:
+    """Refuse what torch accepts: it reads moments of any shape, even past their end."""
     if not (type(state.step) is type(state.best_step) is int and 0 <= state.best_step <= state.step
             and type(state.best) is float and isinstance(state.before.get("scores"), dict)):
         raise ValueError(f"step {state.step}, best {state.best} at {state.best_step}")
@@ -197,7 +188,7 @@ def drop_state(folder: Path) -> None:
 
 
 def clear_after(folder: Path, state: State) -> None:
-    """Remove what was written after the state was saved: training comes to it again."""
+    """Remove what was written after the state, since training comes to it again."""
     settle_best(folder, state)
     log = folder / "metrics.jsonl"
     if log.is_file():
@@ -207,11 +198,11 @@ def clear_after(folder: Path, state: State) -> None:
 
 def step_of(line: str) -> float:
     """The step of a line of metrics.jsonl; infinite for what is no whole line."""
-    try:
-        step = json.loads(line)["step"] if line.endswith("}\n") else None
-    except (ValueError, RecursionError, TypeError, KeyError):
-        return math.inf
-    return step if type(step) is int else math.inf
+    with suppress(ValueError, RecursionError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+        if type(step) is int and line.endswith("}\n"):
+            return step
+    return math.inf
 
 
 def waiting(folder: Path, step: int) -> Path:
@@ -220,7 +211,7 @@ def waiting(folder: Path, step: int) -> Path:
 
 
 def settle_best(folder: Path, state: State) -> None:
-    """The model that the state calls the best takes its place; another was never decided on."""
+    """Move the model that the state calls the best to its place; remove any other that waits."""
     for path in folder.glob(".best-*"):
         if path == waiting(folder, state.best_step):
             settle(path, folder)
@@ -229,7 +220,7 @@ def settle_best(folder: Path, state: State) -> None:
 
 
 class Log:
-    """metrics.jsonl: loss and speed are means since the line before, scoring time left out."""
+    """Writes metrics.jsonl; loss and speed are means since the line before, without scoring."""
 
     def __init__(self, folder: Path, batch_size: int):
         self.folder, self.batch_size, self.warned = folder, batch_size, False
@@ -239,10 +230,10 @@ class Log:
         self.steps, self.since = [], time.perf_counter()
 
     def add(self, loss: Tensor, **facts) -> None:
-        self.steps.append({"loss": loss, **facts})                # no .item(): no waiting
+        self.steps.append({"loss": loss, **facts})                # .item() would wait for the GPU
 
     def check(self, corpus) -> None:
-        """The first loss that is no number ends the run; its batch is kept for a look at it."""
+        """End the run at the first loss that is no number, and keep its batch."""
         for step in self.steps:
             loss = float(step["loss"])
             if not math.isfinite(loss):
@@ -250,9 +241,8 @@ class Log:
                 texts = [[column[row] for column in corpus.columns] for row in rows]
                 write_json(path, {**step, "loss": str(loss), "rows": rows, "texts": texts})
                 raise FloatingPointError(
-                    f"the loss is {loss} at step {step['step']}, with a learning rate of "
-                    f"{step['learning_rate']:.2g}: {path} has the rows of its batch; try a lower "
-                    "--learning-rate; what was saved before is kept")
+                    f"the loss is {loss} at step {step['step']}: try a lower --learning-rate than "
+                    f"{step['learning_rate']:.2g}; {path} has the batch; earlier saves are kept")
 
     @contextmanager
     def paused(self):
@@ -261,7 +251,7 @@ class Log:
         self.since += time.perf_counter() - started
 
     def line(self, step: int, measures: dict) -> dict:
-        """One line of metrics.jsonl, which is also returned."""
+        """Write a line of metrics.jsonl, and return it."""
         loss = mean_loss([step["loss"] for step in self.steps])
         speed = len(self.steps) * self.batch_size / (time.perf_counter() - self.since)
         row = {"step": step, "loss": loss, **measures,
@@ -271,18 +261,17 @@ class Log:
         return row
 
     def warn_of_collapse(self, row: dict, steps: int) -> None:
-        """Once, and not at the start, where RoBERTa's sentences all look alike."""
+        """Warn once, but not at the start, where RoBERTa's vectors are all close."""
         cosines = [row.get(name, 0) for name in ("negative_cosine", "lowest_positive_cosine")]
         collapsed = row["uniformity"] > -0.05 and min(cosines) > 0.99
         if collapsed and not self.warned and row["step"] >= min(100, steps // 10):
             self.warned = True
-            complain(f"WARNING: collapse at step {row['step']}: all sentences look alike "
-                     f"(uniformity {row['uniformity']:.3f}): try a lower --learning-rate, or "
-                     "--pooling mean")
+            complain(f"WARNING: collapse at step {row['step']}: all vectors are close (uniformity "
+                     f"{row['uniformity']:.3f}): try a lower --learning-rate, or --pooling mean")
 
 
 def mean_loss(losses: list[Tensor]) -> float:
-    """The mean of some steps, which must be a number."""
+    """The mean loss of some steps, which must be a number."""
     mean = sum(map(float, losses)) / len(losses)
     if not math.isfinite(mean):
         raise FloatingPointError(f"the mean loss of {len(losses)} steps is {mean}: try a lower "
@@ -298,5 +287,7 @@ def add_line(folder: Path, row: dict) -> None:
 
 
 def lines(folder: Path) -> list[dict]:
-    """All that metrics.jsonl holds."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """All lines of metrics.jsonl, with NaN again for null."""
+    back = partial(json.loads, object_hook=lambda row: {
+        name: math.nan if value is None else value for name, value in row.items()})
+    return list(map(back, (folder / "metrics.jsonl").read_text().splitlines()))

@@ -1,6 +1,4 @@
-"""
-How are scores shown? Markdown tables, and JSON without NaN.
-"""
+"""How are scores shown? Markdown tables, and JSON without NaN."""
 
 import math
 
@@ -14,7 +12,7 @@ def table(rows: dict[str, dict[str, float]], *, digits: int = 2) -> str:
 
 
 def markdown(lines: list[list[str]], *, first=str.rjust) -> str:
-    """Cells as a Markdown table, the first line being its head; `first` justifies the names."""
+    """Cells as a Markdown table; the first line is its head, `first` justifies the first column."""
     lines = [lines[0], ["---", *("--:" for _ in lines[0][1:])], *lines[1:]]
     width = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("| " + " | ".join([first(line[0], width[0]), *(
@@ -22,19 +20,18 @@ def markdown(lines: list[list[str]], *, first=str.rjust) -> str:
 
 
 def scores_text(result, *, verbose: bool = False) -> str:
-    """What a test found, as Markdown: a line for each convention, then the geometry."""
+    """A Result as Markdown: a line for each convention, then the geometry."""
     rows = {"all": result.scores} | ({"mean": result.mean} if result.mean else {})
-    parts = [table(rows if result.mean else {"doc twins": result.scores})]
+    blocks = [table(rows if result.mean else {"doc twins": result.scores})]
     if verbose:
-        parts += [f"{task}\n\n" + table({"rho": subsets})
-                  for task, subsets in result.subsets.items()]
-    parts += [f"alignment {shape['alignment']:.3f}, uniformity {shape['uniformity']:.3f} on {name}"
-              for name, shape in result.geometry.items()]
-    return "\n\n".join(parts)
+        blocks += [f"{task}\n\n{table({'rho': scores})}" for task, scores in result.subsets.items()]
+    blocks += [f"alignment {found['alignment']:.3f}, uniformity {found['uniformity']:.3f} on {name}"
+               for name, found in result.geometry.items()]
+    return "\n\n".join(blocks)
 
 
 def plain(value):
-    """JSON has no NaN or infinity: a figure that could not be computed is null there."""
+    """The same value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):

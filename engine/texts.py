@@ -1,6 +1,4 @@
-"""
-How are millions of lines read and kept? Files line by line, texts outside of memory.
-"""
+"""How are millions of lines read and kept? Line by line, in one block of bytes."""
 
 import gzip
 import io
@@ -11,7 +9,7 @@ from pathlib import Path
 
 
 class Lines(Sequence[str]):
-    """Texts in one block of UTF-8: a list would take some 60 bytes more for each."""
+    """Texts in one block of UTF-8; a list would take some 60 bytes more a text."""
 
     def __init__(self, texts: Iterable[str] = ()):
         self.block, self.ends = bytearray(), array("q", [0])
@@ -36,7 +34,7 @@ class Lines(Sequence[str]):
 
 
 def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file, gzipped or not. Only \\n ends one: texts hold U+2028 and such."""
+    """The lines of a UTF-8 file, gzipped or not; \\n alone ends one, as texts may hold U+2028."""
     number = 0
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -49,5 +47,5 @@ def read_lines(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}:{number}: expected UTF-8, found the byte "
                          f"{error.object[error.start]:#04x}; convert the file") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip after line {number} ({error}); "
-                         f"fetch the file again") from None
+        raise ValueError(f"{path}: damaged gzip after line {number} ({error}); fetch the file "
+                         "again") from None

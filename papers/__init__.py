@@ -1,8 +1,8 @@
 """
 Which papers are there, and what goes together?
 
-`METHODS` is the menu of --method. A flag of another paper is refused, and so is what makes no
-sense together; all else may be tried. Reading order: the order of the menu.
+`METHODS` is the menu of --method, in reading order. What makes no sense together is refused, and
+so is a flag of another paper; all else may be tried.
 """
 
 import argparse
@@ -35,79 +35,69 @@ METHODS = {
 
 
 def own_settings(method: str) -> list[Field]:
-    """The settings that only this paper's page, and perhaps another's, has."""
+    """The settings that the page of a paper adds to the shared ones."""
     shared = {f.name for f in fields(settings.Config)}
     return [f for f in fields(METHODS[method].Config) if f.name not in shared]
 
 
 def refuse_foreign(argv: Sequence[str], method: str) -> None:
-    """A flag of another paper would be ignored, so it is refused."""
-    own = {dashed(f.name) for f in own_settings(method)}
+    """Refuse a flag that only other papers have, since it would be ignored."""
     for flag in (arg.partition("=")[0] for arg in argv):
-        owners = [name for name in METHODS if flag in map(dashed, (
-            f.name for f in own_settings(name)))]
-        if owners and flag not in own:
+        owners = [name for name in METHODS
+                  if flag in {dashed(f.name) for f in own_settings(name)}]
+        if owners and method not in owners:
             raise ValueError(f"{flag} belongs to --method {' and '.join(owners)}, found --method "
                              f"{method}: leave it out")
 
 
 def refuse_idle(given: dict, config: settings.Config) -> None:
-    """A typed setting of a term, loss or view that is off would be ignored, so it is refused."""
-    for name, idle, used in (
-            ("hardness", config.loss != "focal", "--loss focal"),
-            ("rate", config.positives == "dropout", "a text view: give one with --positives"),
-            ("mlm_rate", not getattr(config, "mlm_weight", 0), "the masked-LM term: give it a "
-             "--mlm-weight")):
-        if name in given and idle:
+    """Refuse a typed setting of a loss, view or term that is off, since it would be ignored."""
+    idle = {"hardness": (config.loss != "focal", "--loss focal"),
+            "rate": (config.positives == "dropout", "a text view: give one with --positives")}
+    idle |= {name: (not getattr(config, switch, 1), f"{dashed(switch)}, which is 0: raise it")
+             for name, switch in METHODS[config.method].needs.items()}
+    for name, (off, used) in idle.items():
+        if name in given and off:
             raise ValueError(f"{dashed(name)} belongs to {used}, or leave it out")
 
 
-def check_sizes(config: settings.Config, rows: int, shape: EncoderConfig) -> None:
-    """The corpus must fill a batch, and a sentence must fit into the encoder."""
-    if rows < config.batch_size:
-        raise ValueError(f"--batch-size {config.batch_size} needs a corpus of as many rows, found "
-                         f"{rows} in {config.corpus}: use --batch-size {rows} or less")
-    if not 3 <= config.max_tokens <= shape.usable_positions:
-        raise ValueError(f"--max-tokens: expected 3 to {shape.usable_positions}, the encoder's "
-                         f"positions, found {config.max_tokens}")
-
-
 def check(config: settings.Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
-    """Refuse what makes no sense together, in one sentence."""
-    method, columns = METHODS[config.method], len(corpora[0].columns)
+    """Refuse in a sentence what makes no sense together."""
     check_ranges(config)
-    check_sizes(config, len(corpora[0]), shape)
-    if columns not in method.columns_taken:
-        other = "without hard negatives" if columns > max(method.columns_taken) else (
-            "of pairs, such as nli")
-        raise ValueError(f"--method {config.method} takes a corpus of "
-                         f"{' or '.join(map(str, method.columns_taken))} columns, found {columns} "
-                         f"in {config.corpus}: use --method simcse, or a file {other}")
-    for name, taken in (("loss", method.losses_taken), ("positives", method.positives_taken)):
-        if getattr(config, name) not in taken:
-            raise ValueError(f"--method {config.method} has {name} of its own, found --{name} "
-                             f"{getattr(config, name)}: use --{name} {taken[0]}")
-    if columns > 1 and config.positives != "dropout":
-        raise ValueError(f"--positives {config.positives} makes positives, but {config.corpus} "
-                         f"brings its own ({columns} columns): use --positives dropout")
-    if config.hard_negative_weight != 1 and columns < 3 and not method.hard_negatives:
-        raise ValueError(f"--hard-negative-weight {config.hard_negative_weight}: {config.corpus} "
-                         "has no hard negatives (3 columns): leave it out")
-    if config.head == "keep" and method.head is not Head:
-        raise ValueError(f"--head keep: the head of --method {config.method} serves training only: "
-                         "use --head train")
-    if (len(corpora) > 1) != method.in_turn:
-        several = " ".join(name for name, other in METHODS.items() if other.in_turn)
-        way = "give --corpus two names or more" if method.in_turn else f"use --method {several}"
-        raise ValueError(f"--corpus {' '.join(names_of(config.corpus))}: several corpora, one "
-                         f"learned after the other, are for {several}: {way}")
+    method, rows, columns = METHODS[config.method], len(corpora[0]), len(corpora[0].columns)
+    own, corpus = f"--method {config.method}", " ".join(names_of(config.corpus))
+    taken = " or ".join(map(str, method.columns_taken))
+    fewer = columns > max(method.columns_taken)
+    in_turn = " ".join(name for name, page in METHODS.items() if page.in_turn)
+    for refused, said in (
+            (rows < config.batch_size, f"--batch-size {config.batch_size} needs a corpus of as "
+             f"many rows, found {rows} in {corpus}: use --batch-size {rows} or less"),
+            (not 3 <= config.max_tokens <= shape.usable_positions, "--max-tokens: expected 3 to "
+             f"{shape.usable_positions}, the encoder's positions, found {config.max_tokens}"),
+            (columns not in method.columns_taken,
+             f"{own} takes a corpus of {taken} columns, found {columns} in {corpus}: use --method "
+             f"simcse, or a file {'without hard negatives' if fewer else 'of pairs, such as nli'}"),
+            (config.loss not in method.losses_taken, f"{own} has a loss of its own, found --loss "
+             f"{config.loss}: use --loss {method.losses_taken[0]}"),
+            (config.positives not in method.positives_taken, f"{own} has positives of its own, "
+             f"found --positives {config.positives}: use --positives {method.positives_taken[0]}"),
+            (columns > 1 and config.positives != "dropout", f"--positives {config.positives} makes "
+             f"positives, but {corpus} has some ({columns} columns): use --positives dropout"),
+            (config.hard_negative_weight != 1 and columns < 3 and not method.hard_negatives,
+             f"--hard-negative-weight: {corpus} has no hard negatives (3 columns): leave it out"),
+            (config.head == "keep" and method.head is not Head,
+             f"--head keep: the head of {own} serves training only: use --head train"),
+            ((len(corpora) > 1) != method.in_turn, f"--corpus {corpus}: several corpora, one "
+             f"learned after the other, are for {in_turn}: use --method {in_turn} with two names")):
+        if refused:
+            raise ValueError(said)
     if config.loss == "focal":
         focal.Focal.check(config, corpora, shape)
     method.check(config, corpora, shape)
 
 
 def listing() -> str:
-    """The text of --list: each paper, then its defaults by size of encoder."""
+    """The text of --list: the rows of each page, then its defaults by size of encoder."""
     from papers.sparsecse import SparseCSE   # here, or `python -m` would find it imported already
     lines = []
     for page in (*METHODS.values(), focal.Focal, SparseCSE):
@@ -115,8 +105,8 @@ def listing() -> str:
             lines += [row.flags, f"    {row.idea}", f"    {row.citation}",
                       f"    published average of seven STS tasks: {row.published}"]
         for size, values in vars(page).get("recipes", {}).items():
-            lines.append(f"    defaults, {size}: "
-                         + " ".join(f"{dashed(name)} {value}" for name, value in values.items()))
+            flags = " ".join(f"{dashed(name)} {value}" for name, value in values.items())
+            lines.append(f"    defaults, {size}: {flags}")
     return "\n".join(lines)
 
 
@@ -137,7 +127,7 @@ but the final evaluation failed; 130 interrupted, state saved
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Shared flags, and those of the chosen paper; what is not typed stays out of the result."""
+    """The command line as it was typed: the shared flags, and those of the chosen paper."""
     first = argparse.ArgumentParser(prog="mincse.py", add_help=False, allow_abbrev=False,
                                     usage="python mincse.py [--FLAG VALUE ...]")
     first.add_argument("--method", choices=METHODS, default="simcse")

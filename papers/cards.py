@@ -3,18 +3,15 @@ CARDS: each sentence learns to differ from the sentences of the corpus that look
 
 Unlike SimCSE: the positive may begin some words in the other case, and sentences from the whole
 corpus join the batch as negatives.
-
     prepare   the K nearest of every sentence, for the encoder as it was given and mean pooling
     views     the sentence, its positive, and s of its K nearest, drawn anew at every step
     loss      InfoNCE of the anchors among all positives and all that the batch retrieved
 
-Wang, Ge, Zhang, Yang: SIGIR 2022, arXiv 2206.02457. After the authors' code, which does otherwise:
-its K counts the sentence itself (65 and 9); it makes positives of decoded tokens, not of the text
-as it was read; it knows an anchor among the retrieved by its row number, we know it by its tokens;
-and it can search again during training, though by default it does not. Ours: texts that differ by
-case and white space only are one text.
-
-A step costs 1 + s/2 of SimCSE's. The search costs an encoding of the corpus and 2·N²·D operations.
+Wang, Ge, Zhang, Yang: SIGIR 2022, arXiv 2206.02457. In the authors' code K counts the sentence
+itself (65 and 9), positives are made of decoded tokens, the anchor is known among the retrieved by
+its row number (here by its tokens), and the search can be repeated. Ours: texts that differ by case
+and white space only are one text. A step costs 1 + s/2 of SimCSE's, and the search an encoding of
+the corpus and 2·N²·D operations.
 """
 
 import random
@@ -26,9 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.corpus import index, nearest_others, text_numbers
 from papers.simcse import Encoded, SimCSE
@@ -41,8 +36,7 @@ class Config(settings.Config):
                               least=1)
 
 
-# The neighbours that were found last. The seeds of one command start from the same encoder, so they
-# share them. Only one table is kept, as it may take 240 MB.
+# The last search, shared by the seeds of one command; only one, as a table may take 240 MB.
 FOUND: dict[tuple, Tensor] = {}
 
 
@@ -61,26 +55,26 @@ class CARDS(SimCSE):
     }
     columns_taken = (1,)
     hard_negatives = True             # --hard-negative-weight is e^β of the authors' code
+    needs = {"retrieve_from": "retrieved"}
     toy = dict(retrieve_from=8)
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape) -> None:
         if config.retrieved > config.retrieve_from:
             raise ValueError(f"--retrieved {config.retrieved} must be at most --retrieve-from "
                              f"({config.retrieve_from}), of which they are drawn")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.number = text_numbers(corpus.columns[0]).tolist()    # row -> its text
         first = {}
         for number, text in zip(self.number, corpus.columns[0]):
             first.setdefault(number, text)
         self.texts = list(first.values())
-        if config.retrieved and config.retrieve_from >= len(self.texts):
+        if config.retrieved and config.retrieve_from >= len(first):
             raise ValueError(f"--retrieve-from {config.retrieve_from}: expected at most "
-                             f"{len(self.texts) - 1}, as {config.corpus} has {len(self.texts)} "
-                             "different sentences: give a lower one, or a larger corpus")
-        nearest = torch.zeros(len(self.texts), config.retrieve_from, dtype=torch.int32)
+                             f"{len(first) - 1}, as {config.corpus} has {len(first)} sentences")
+        nearest = torch.zeros(len(first), config.retrieve_from, dtype=torch.int32)
         self.register_buffer("nearest", nearest)                  # (N, K)
 
     def prepare(self, encode: Callable) -> None:
@@ -90,10 +84,9 @@ class CARDS(SimCSE):
                self.config.retrieve_from, self.config.max_tokens)
         if key not in FOUND:
             ask = partial(encode, pooling="mean", max_tokens=self.config.max_tokens)
-            table = nearest_others(index(ask, self.texts), self.config.retrieve_from,
-                                   device=self.nearest.device)
             FOUND.clear()
-            FOUND[key] = table
+            FOUND[key] = nearest_others(index(ask, self.texts), self.config.retrieve_from,
+                                        device=self.nearest.device)
         self.nearest.copy_(FOUND[key])
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
@@ -109,16 +102,14 @@ class CARDS(SimCSE):
         weight = candidate_weight(out.ids[:batch], out.ids[2 * batch :],
                                   alpha=self.config.hard_negative_weight)
         own = torch.stack([F.cosine_similarity(anchor, column) for column in retrieved])
-        # The cosine to the own retrieved negatives soon falls, or something is wrong.
-        self.terms = {"retrieved_cosine": own.mean().detach()}
+        self.terms = {"retrieved_cosine": own.mean().detach()}    # soon falls, or all is not well
         return self.loss_of(anchor, torch.cat([positive, *retrieved]), weight=weight)
 
 
 def candidate_weight(anchors: Tensor, retrieved: Tensor, *, alpha: float = 1.0) -> Tensor:
     """How much each candidate counts: (B, T) anchors, (s·B, T) retrieved -> (B, B + s·B).
 
-    Positives and what other anchors retrieved count 1, what the anchor itself retrieved α. A
-    retrieved text that has the anchor's tokens, all of them, is no negative and counts 0.
+    What the anchor itself retrieved counts α, a text of the anchor's very tokens 0, all else 1.
     """
     batch, each = len(anchors), len(retrieved) // len(anchors)
     own = torch.eye(batch, device=anchors.device).repeat(1, each)                   # (B, s·B)

@@ -12,12 +12,11 @@ entails is a positive of all; two mixtures join the batch; a classifier learns f
 
 A stranger is a random hypothesis of another group. Shares are drawn anew for every anchor.
 
-In the style of Zhang, Hooi, Hu, Liang, Feng: NeurIPS 2021, arXiv 2102.06605, which fine-tunes on
-labelled images. Mixing, its place before the head and the focal loss are theirs; groups for their
-classes, pairs for their classifier, and η are ours. We follow the paper. The released code rarely
-finds the least similar positive, as it fills with 0 what must not be chosen; hardly a mixture
-becomes a positive there, and only mixtures have a gradient. Counted in operations, a step costs
-under 3 % more than SimCSE's on the same corpus.
+In the style of Zhang, Hooi, Hu, Liang, Feng: NeurIPS 2021, arXiv 2102.06605, on labelled images.
+Mixing, its place before the head and the focal loss are theirs; groups for their classes, pairs for
+their classifier, and η are ours. We follow the paper: the released code masks with 0 instead of
+infinity, so that it rarely finds the least similar positive, and only mixtures get a gradient.
+Counted in operations, a step costs under 3 % more than SimCSE's on the same corpus.
 """
 
 import math
@@ -29,10 +28,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, dashed, flag
 from losses import cosine, many_positives
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.corpus import text_numbers
 from papers.simcse import Encoded, SimCSE
@@ -40,18 +37,13 @@ from papers.simcse import Encoded, SimCSE
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    mixing_alpha: float = flag(1.0, "core-tuning", "shape a of Beta(a, a), where shares come from "
-                               "(code)", above=0)
-    focus: float = flag(1.0, "core-tuning", "exponent γ, by which known positives count less "
-                        "(code)", least=0)
-    contrast_weight: float = flag(1.0, "core-tuning", "weight η of the contrastive loss (ours)",
-                                  least=0)
-    classifier_weight: float = flag(1.0, "core-tuning", "weight of the classifier's loss (code)",
-                                    least=0)
+    mixing_alpha: float = flag(1.0, "core-tuning", "parameter a of Beta(a, a) (code)", above=0)
+    focus: float = flag(1.0, "core-tuning", "exponent γ of the focal loss (code)", least=0)
+    contrast_weight: float = flag(1.0, "core-tuning", "weight η of the contrast (ours)", least=0)
+    classifier_weight: float = flag(1.0, "core-tuning", "weight w of classifying (code)", least=0)
 
 
-# A vector for each of B anchors (B, D), and what the two are to each other: entailed, contradicted,
-# unrelated, in shares (B, 3), or (3,) for all.
+# A vector for each anchor (B, D); the shares of entailed, contradicted, unrelated: (B, 3) or (3,).
 Pairs = tuple[Tensor, Tensor]
 
 
@@ -66,20 +58,19 @@ class CoreTuning(SimCSE):
     losses_taken = ("info-nce",)
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape):
         for name, only in (("hard_negative_weight", 1), ("head", "none")):
             if (found := getattr(config, name)) != only:
                 raise ValueError(f"--method core-tuning has a loss and a head of its own, found "
-                                 f"{dashed(name)} {found}: use {dashed(name)} {only}, or --method "
-                                 "simcse")
+                                 f"{dashed(name)} {found}: use {dashed(name)} {only}")
         if not config.contrast_weight + config.classifier_weight:
             raise ValueError("--contrast-weight and --classifier-weight are both 0, so there is "
                              "nothing to learn: use --contrast-weight 1")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
-        width, group = model.config.width, text_numbers(corpus.columns[0])
-        self.register_buffer("group", group, persistent=False)    # (N,)
+        width = model.config.width
+        self.register_buffer("group", text_numbers(corpus.columns[0]), persistent=False)   # (N,)
         self.project = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 256))
         self.classify = nn.Linear(3 * width, 3, bias=False)
 
@@ -87,7 +78,7 @@ class CoreTuning(SimCSE):
         anchor, group = out.anchor, self.group[out.rows]          # (B, D), (B,)
         same = group[:, None] == group                            # (B, B)
         # The columns after the anchor: what it entails and, in triples, what it contradicts.
-        given = list(zip(out.columns[1:], labels(anchor)))
+        given = list(zip(out.columns[1:], torch.eye(3).to(anchor)))
         strangers, mixed = harder(anchor, given, same, alpha=self.config.mixing_alpha,
                                   rng=np.random.default_rng([self.config.seed, out.step]))
         contrast = self.supervised_contrast(anchor, given, mixed, same)
@@ -98,17 +89,17 @@ class CoreTuning(SimCSE):
     def supervised_contrast(self, anchor: Tensor, given: list[Pairs], mixed: list[Pairs],
                             same: Tensor) -> Tensor:              # -> ()
         """Every anchor among all given and mixed vectors, after a head that mixing comes before."""
-        own, nobody = torch.eye(*same.shape, device=same.device).bool(), torch.zeros_like(same)
-        positive = [same] + [nobody] * (len(given) - 1)           # (B, B)s
-        left_out = [nobody] * len(given)
-        if mixed:
-            # positive+ was made for one anchor: others of its group do not see it.
-            positive += [own, nobody]
-            left_out += [same & ~own, nobody]
         x = torch.cat([vectors for vectors, _ in given + mixed])                    # (C, D)
+        positive = F.pad(same, (0, len(x) - len(anchor)))         # (B, C)
+        left_out = torch.zeros_like(positive)                     # (B, C)
+        if mixed:
+            own = torch.eye(len(anchor), device=same.device).bool()                 # (B, B)
+            at = slice(-2 * len(anchor), -len(anchor))            # where positive+ stands
+            # It was made for one anchor: others of its group do not see it.
+            positive[:, at], left_out[:, at] = own, same & ~own
         logits = cosine(self.project(anchor), self.project(x)) / self.config.temperature
-        logits = logits.masked_fill(torch.cat(left_out, dim=1), -math.inf)          # (B, C)
-        return many_positives(logits, torch.cat(positive, dim=1), focus=self.config.focus)
+        logits = logits.masked_fill(left_out, -math.inf)          # (B, C)
+        return many_positives(logits, positive, focus=self.config.focus)
 
     def classifier_loss(self, anchor: Tensor, pairs: list[Pairs]) -> Tensor:        # -> ()
         """Cross-entropy with shares as labels, the mean over all pairs."""
@@ -118,11 +109,6 @@ class CoreTuning(SimCSE):
         return F.cross_entropy(self.classify(x), label)
 
 
-def labels(like: Tensor) -> Tensor:                               # -> (3, 3)
-    """One row each for entailed, contradicted and unrelated."""
-    return torch.eye(3, dtype=like.dtype, device=like.device)
-
-
 def mix(a: Pairs, b: Pairs, share: Tensor) -> Pairs:              # share: (B, 1)
     """`share` of a and the rest of b, in vectors and labels."""
     return tuple(share * x + (1 - share) * y for x, y in zip(a, b))
@@ -130,13 +116,10 @@ def mix(a: Pairs, b: Pairs, share: Tensor) -> Pairs:              # share: (B, 1
 
 def harder(anchor: Tensor, given: list[Pairs], same: Tensor, *, alpha: float,
            rng: np.random.Generator) -> tuple[list[Pairs], list[Pairs]]:
-    """The strangers, then positive+ and negative+ of every anchor.
-
-    Where all rows are of one group, nobody has a stranger, and nothing is mixed.
-    """
-    if same.all():
+    """The strangers, then positive+ and negative+ of every anchor."""
+    if same.all():                                                # one group has no strangers
         return [], []
-    entailed, contradicted, unrelated = labels(anchor)
+    entailed, contradicted, unrelated = torch.eye(3).to(anchor)
     hypotheses, _ = given[0]                                      # (B, D) those that are entailed
     x = torch.cat([vectors for vectors, _ in given])              # (C, D), C = B or 2B
     positive, negative, stranger = choose(anchor, x, same, rng)                     # (B,) x 3
@@ -152,13 +135,11 @@ def harder(anchor: Tensor, given: list[Pairs], same: Tensor, *, alpha: float,
 @torch.no_grad()
 def choose(anchor: Tensor, x: Tensor, same: Tensor, rng: np.random.Generator
            ) -> tuple[Tensor, Tensor, Tensor]:                    # (B, D), (C, D), (B, B)
-    """For each anchor the least similar positive, the most similar negative and a stranger.
-
-    The hypothesis that an anchor contradicts is a negative of its own, but no stranger.
-    """
+    """For each anchor the least similar positive, the most similar negative and a stranger."""
     similarity = cosine(anchor, x)                                                  # (B, C)
     entailed = F.pad(same, (0, len(x) - len(anchor)))                               # (B, C)
     chance = torch.from_numpy(rng.random(similarity.shape)).to(similarity)          # (B, C)
+    own_group = same.repeat(1, len(x) // len(anchor))             # with what its rows contradict
     return (similarity.masked_fill(~entailed, math.inf).argmin(dim=1),
             similarity.masked_fill(entailed, -math.inf).argmax(dim=1),
-            chance.masked_fill(same.repeat(1, len(x) // len(anchor)), -1).argmax(dim=1))
+            chance.masked_fill(own_group, -1).argmax(dim=1))

@@ -7,8 +7,7 @@ What do several papers do with a whole corpus? Index, nearest neighbours, k-mean
     kmeans, assign             vectors -> centres -> the cluster of each
     open_teacher               the name of another encoder -> a function that gives vectors
 
-A million texts are no exception: what needs every pair of them computes a block at a time, on the
-device of the run, and is exact all the same.
+What needs every pair of a million texts is exact, and computes a block at a time on the device.
 """
 
 import random
@@ -29,6 +28,8 @@ from model import encode
 from papers.settings import Config
 
 EMPTY = -1                            # in a table of row numbers or labels: there is none
+PROBE = 512                           # most rows that are held out; of few, a tenth
+LEAST = 20                            # fewest rows that a probe is drawn from
 
 
 # ---- texts and rows -------------------------------------------------------------------------
@@ -52,17 +53,9 @@ def rows_of_run(n: int, config: Config) -> list[int]:
     return [row for rows in order for row in rows]
 
 
-PROBE = 512                           # rows held out, at most; a tenth of them all, if that is less
-LEAST = 20                            # rows that a probe may be drawn from, at least
-
-
 def hold_out(texts: Sequence[str], rows: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Split rows into a probe, kept for measurements, and the rest, which shares no text with it.
-
-    The probe is the same for every seed.
-    """
-    count = min(PROBE, len(rows) // 10)
-    probe = sorted(random.Random("probe").sample(list(rows), count))
+    """A probe to measure with, the same for every seed, and the rows that share no text with it."""
+    probe = sorted(random.Random("probe").sample(list(rows), min(PROBE, len(rows) // 10)))
     held = {texts[row] for row in probe}
     return probe, [row for row in rows if texts[row] not in held]
 
@@ -83,8 +76,7 @@ def nearest_others(x: Tensor, k: int, *, chunk: int = 4096, device: torch.device
                    ) -> Tensor:                                   # (N, D) -> (N, K) int32
     """The k rows of highest cosine with each row, itself left out; the nearest comes first.
 
-    Exact: 2·N²·D operations. All cosines of a million rows would fill 4 TB, so a block of
-    chunk x chunk exists at a time: 64 MB.
+    Exact, in 2·N²·D operations, on blocks of 64 MB: all cosines of a million rows would fill 4 TB.
     """
     found = torch.empty(len(x), k, dtype=torch.int32)
     starts = range(0, len(x), chunk)
@@ -105,7 +97,7 @@ def nearest_others(x: Tensor, k: int, *, chunk: int = 4096, device: torch.device
 
 
 def unit(x: Tensor, device: torch.device | None = None) -> Tensor:
-    """Rows of length 1 on the device, in single precision at least, as half is for storing."""
+    """Rows of length 1 on the device; half precision becomes single, as it is for storing."""
     x = x.to(device)
     return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1)
 
@@ -117,9 +109,8 @@ def kmeans(x: Tensor, k: int, *, seed: int, iterations: int = 20,
            device: torch.device | None = None) -> Tensor:         # (N, D) -> (K, D)
     """The centres of k clusters on the unit sphere; fewer, where fewer rows differ.
 
-    Lloyd's algorithm from the starts of k-means++, on 256·k rows at most: up to 512·K²·D
-    operations an iteration. A cluster that has lost all rows starts anew at the row that is
-    farthest from its centre.
+    Lloyd's algorithm from the starts of k-means++, on 256·k rows at most. A cluster that has lost
+    all rows starts anew at the row that is farthest from its centre.
     """
     generator = torch.Generator().manual_seed(seed)
     x = unit(x[torch.randperm(len(x), generator=generator)[: 256 * k]], device)
@@ -136,15 +127,14 @@ def kmeans(x: Tensor, k: int, *, seed: int, iterations: int = 20,
 def far_apart(x: Tensor, k: int, generator: torch.Generator) -> Tensor:   # (N, D) -> (K, D)
     """The starts of k-means++: rows drawn by their squared distance from those drawn before.
 
-    Of the distances to all of these the least counts (Arthur & Vassilvitskii 2007). On unit
-    length its square is 2 - 2 cos. Fewer than k rows are returned where no further one differs.
+    The least of these distances counts (Arthur & Vassilvitskii 2007); its square is 2 - 2 cos.
     """
     chosen = [int(torch.randint(len(x), (), generator=generator))]
     distance = torch.full_like(x[:, 0], torch.inf)                # (N,) squared and halved
     while len(chosen) < k:
         distance = torch.minimum(distance, 1 - x @ x[chosen[-1]])
         distance[distance < 1e-6] = 0                             # rounding, between equal rows
-        if not distance.any():
+        if not distance.any():                                    # no further row differs
             break
         chosen.append(int(torch.multinomial(distance.cpu(), 1, generator=generator)))
     return x[chosen]
@@ -155,8 +145,7 @@ def assign(x: Tensor, centres: Tensor, *, temperature: float = 0.1, chunk: int =
            ) -> tuple[Tensor, Tensor, Tensor]:                    # (N, D), (K, D) -> (N,) x 3
     """The cluster of each row, its cosine with that centre, and the confidence of the choice.
 
-    Confidence is the softmax of cos / τ over the centres, at the one chosen. Only its rank among
-    the rows is used (ours).
+    Confidence is the softmax of cos / τ over the centres, at the chosen one.
     """
     found = []
     for rows in x.split(chunk):
@@ -170,36 +159,35 @@ def assign(x: Tensor, centres: Tensor, *, temperature: float = 0.1, chunk: int =
 # ---- a teacher ------------------------------------------------------------------------------
 
 def open_teacher(name: str, corpus: Corpus, *, device: torch.device | None = None) -> Encode:
-    """What another encoder makes of sentences: a function, N sentences -> (N, D).
+    """The function of another encoder, N sentences -> (N, D), by the name of the encoder.
 
-    The name is that of an encoder, or of an .npy with a vector for each row of the corpus, made
-    elsewhere. Such a file knows these sentences and no other; of equal ones the first row counts.
+    Or by that of an .npy with a vector for each row of the corpus: it knows no other sentences.
     """
     if not name.endswith(".npy"):
         with torch.random.fork_rng(devices=[]):                   # later draws are as without it
             model, tokenizer = open_encoder(encoder_folder(name))
         return partial(encode, model.to(device), tokenizer)
     whole = corpus.whole or corpus                                # a dry run has some rows only
-    vectors, row = read_vectors(Path(name), whole), {}
-    for number, sentence in enumerate(whole.columns[0]):
+    vectors = read_vectors(Path(name), whole)
+    row = {}
+    for number, sentence in enumerate(whole.columns[0]):          # of equal ones the first counts
         row.setdefault(sentence, number)
 
     def look_up(sentences: Sequence[str], **settings) -> Tensor:  # -> (N, D)
-        if unknown := [sentence for sentence in sentences if sentence not in row]:
+        if not row.keys() >= set(sentences):
             raise ValueError(f"--teacher {name}: expected vectors of changed sentences as well, "
-                             f"found those of {corpus.name} only, without {unknown[0][:60]!r}: "
-                             "give an encoder's folder, a Hub id, or mini")
+                             f"found those of {corpus.name} only: give an encoder's folder, a Hub "
+                             "id, or mini")
         return vectors[[row[sentence] for sentence in sentences]].float()
     return look_up
 
 
 def read_vectors(path: Path, corpus: Corpus) -> Tensor:           # -> (N, D)
     """The rows of an .npy, left on the disk until they are asked for; never unpickles."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected a file of vectors, found nothing there")
     try:
         rows = torch.from_numpy(np.load(path, mmap_mode="c"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: expected a file of vectors, "
-                                "found nothing there") from None
     except Exception as error:          # numpy parses the header as Python and lets much through
         raise ValueError(f"{path}: expected an array of numbers as numpy.save writes it, found "
                          f"something else ({str(error)[:80]})") from None

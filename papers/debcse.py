@@ -1,23 +1,21 @@
 """
-DebCSE: pairs are drawn against the habits of the rules that propose them.
+DebCSE: pairs that are proposed too often, for their words alone, are drawn less often.
 
 Unlike SimCSE: the positive is a changed or another text, and every sentence has a hard negative.
-
     prepare   E positives and E negatives of every sentence, drawn from pools with the chances
                   p_c = w_c / Σ_c w_c,   w_c = r_c / max(e(surface of c), e_min)
                   of a positive r_c = sem if sem >= θ+, of a negative 1 - sem if sem <= θ-, else 0
     views     the sentence, one of its positives and one of its negatives
     loss      InfoNCE; positives of other anchors with sem > θ- are false negatives and left out
 
-A rule that changes a text leaves most words as they are; random texts share hardly a word. From
-such pairs a model may learn to compare words instead of meanings. So each candidate is divided by
-e, the probability that its rule proposes such a surface: rare pairs come up as often as usual ones.
-`sem` is what a frozen teacher says of the meaning, a cosine.
+A rule that changes a text leaves most words as they are; random texts share hardly a word. So that
+the model learns to compare meanings instead of words, each candidate is divided by e, the
+share of its pool with such a surface. `sem` is the cosine of a frozen teacher.
 
-In the style of Miao, Du, Zhang: CIKM 2023, arXiv 2309.07396. Its abstract has the idea: to choose
-pairs by inverse propensity, from surface and meaning. Formulas, pools, thresholds and defaults are
-ours; we know of no code by the authors. A step costs 1.5 of SimCSE's; `prepare` costs 5 encodings
-of the corpus, 2·N²·D operations, and 50 to 110 edit distances a sentence.
+In the style of Miao, Du, Zhang: CIKM 2023, arXiv 2309.07396. The abstract has inverse propensity
+from surface and meaning; formulas, pools, thresholds and defaults are ours, and no code was found.
+A step costs 1.75 of SimCSE's; `prepare` costs 5 encodings of the corpus, 2·N²·D operations, and 50
+to 110 edit distances a sentence.
 """
 
 import random
@@ -28,6 +26,7 @@ from functools import partial
 from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,7 +35,6 @@ from engine.encoders import read_config
 from engine.flags import Row, complain, flag
 from engine.hub import encoder_folder
 from losses import cosine
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.corpus import EMPTY, index, nearest_others, open_teacher, unit, words_of
 from papers.simcse import Encoded, SimCSE, own_hard_negative
@@ -56,7 +54,7 @@ VERSIONS = [keep, *[partial(repeat_words, rate=0.32), partial(delete_words, rate
 
 
 class DebCSE(SimCSE):
-    """Texts have numbers: version v of sentence i is v·N + i, and version 0 the sentence itself."""
+    """Texts have numbers: v·N + i is version v of sentence i, and version 0 the sentence itself."""
     Config = Config
     rows = [Row("--method debcse --teacher ENCODER", "pairs drawn by inverse propensity",
                 "Miao, Du, Zhang: DebCSE. CIKM 2023, arXiv 2309.07396",
@@ -68,28 +66,27 @@ class DebCSE(SimCSE):
     hard_negatives = True
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape):
         if config.teacher.endswith(".npy"):
             raise ValueError(f"--teacher {config.teacher} has vectors of the corpus only, and "
                              "--method debcse asks about changed texts: use an encoder as teacher")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         n, draws = len(corpus), config.epochs                     # N, E
-        teacher = encoder_folder(config.teacher) if config.teacher else None
-        width = read_config(teacher).width if teacher else model.config.width
+        judge = read_config(encoder_folder(config.teacher)) if config.teacher else model.config
         self.register_buffer("positives", torch.zeros(draws, n, dtype=torch.int32))
         self.register_buffer("negatives", torch.zeros(draws, n, dtype=torch.int32))
         self.register_buffer("limit", torch.ones(()))             # θ-
-        self.register_buffer("of_sentences", torch.zeros(n, width).half())          # (N, Dt)
-        self.register_buffer("of_positives", torch.zeros(draws, n, width).half())   # (E, N, Dt)
+        self.register_buffer("of_sentences", torch.zeros(n, judge.width).half())    # (N, Dt)
+        self.register_buffer("of_positives", torch.zeros(draws, n, judge.width).half())
 
     def prepare(self, encode: Callable) -> None:
         config, device = self.config, self.limit.device
+        judge = partial(encode, pooling=config.pooling)
         if config.teacher:
             judge = open_teacher(config.teacher, self.corpus, device=device)
         else:
-            judge = partial(encode, pooling=config.pooling)
             complain(f"WARNING: meaning is judged by {config.encoder} as it starts; use --teacher "
                      "with one that was trained on sentences, such as a simcse run")
         every = [self.text(number) for number in range(len(VERSIONS) * len(self.corpus))]
@@ -103,13 +100,13 @@ class DebCSE(SimCSE):
         self.of_positives.copy_(vectors[positives])
 
     def text(self, number: int) -> str:
-        """The text of a number. Versions are made when they are asked for, and always the same."""
+        """The text of a number, made when it is asked for, and always the same."""
         version, row = divmod(number, len(self.corpus))
         rng = random.Random(f"{self.config.seed} {number}")
         return VERSIONS[version](self.corpus.columns[0][row], rng)
 
     def which(self, rows: Tensor) -> Tensor:                      # (B,) -> ()
-        """Which of their E pairs the rows of a batch take. In the next epoch most take another."""
+        """Which of the E pairs the rows of a batch take; in the next epoch most take another."""
         return rows.sum() % len(self.positives)
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
@@ -131,27 +128,23 @@ class DebCSE(SimCSE):
 
 def debiased_pairs(corpus: Corpus, vectors: Tensor, words: Tensor, config: Config,
                    device: torch.device | None = None) -> tuple[Tensor, Tensor, float]:
-    """E positives (E, N) and negatives (E, N) of the N sentences, by number, and the threshold θ-.
-
-    `vectors` and `words` have a row for every number. What is similar to one teacher is not to the
-    next, so random pairs set the thresholds: 95 % lie below θ-, one in 1000 above θ+.
-    """
+    """E positives and E negatives of each sentence, (E, N)s of numbers, and the threshold θ-."""
     n, count = len(corpus), config.epochs
-    generator = torch.Generator().manual_seed(config.seed)
-    measure = partial(similarities, vectors, words, bins=config.propensity_bins)
+    bins, generator = config.propensity_bins, torch.Generator().manual_seed(config.seed)
+    measure = partial(similarities, vectors, words, bins=bins)
+    # Cosines differ from teacher to teacher, so random pairs set the thresholds.
     pool = random_others(n, min(64, max(1, 1_000_000 // n)), generator)
     meaning, surface = measure(pool)
     low, high = meaning.flatten().quantile(torch.tensor([0.95, 0.999]))             # θ-, θ+
-    e_random = propensity(pool, surface, config.propensity_bins)
+    e_random = propensity(pool, surface, bins)
     farthest = pool.gather(1, meaning.argmin(dim=1, keepdim=True))[:, 0]            # (N,)
     nearest = nearest_others(vectors[:n], min(200, n - 1), device=device).long()    # (N, 200)
 
     pool = positive_pool(len(vectors) // n, corpus.documents, nearest)
     meaning, surface = measure(pool)
-    e = propensity(pool, surface, config.propensity_bins)
-    chance = inverse_propensity(meaning.where(meaning >= high, 0), surface, e, least=0.02)
-    positives = draw_weighted(pool, chance, torch.arange(n), count, generator,
-                              rate=config.twin_rate)
+    e, relevance = propensity(pool, surface, bins), meaning.where(meaning >= high, 0)
+    chance = inverse_propensity(relevance, surface, e, least=0.02)
+    positives = draw_weighted(pool, chance, torch.arange(n), count, generator, config.twin_rate)
     alone = (~chance.any(dim=1)).float().mean()
 
     pool = negative_pool(corpus.columns[0], nearest, generator)
@@ -165,25 +158,23 @@ def debiased_pairs(corpus: Corpus, vectors: Tensor, words: Tensor, config: Confi
 
 
 def propensity(pool: Tensor, surface: Tensor, bins: int) -> Tensor:    # (N, C) twice -> (bins,)
-    """e: the probability that the rules of a pool propose a pair of each bin."""
+    """e: the share of each bin of surface among all pairs of a pool."""
     there = pool != EMPTY
     return torch.bincount(surface[there], minlength=bins).double() / there.sum()
 
 
 def inverse_propensity(relevance: Tensor, surface: Tensor, e: Tensor, *, least: float) -> Tensor:
-    """p: the chance of each candidate of a row, (N, C); all are 0 where none is relevant."""
+    """The chances p (N, C) of the candidates of each row, all 0 where none is relevant."""
     # Without the clip, e_min, a single odd pair would be drawn over and over.
     weight = relevance.double() / e.clamp(min=least)[surface]
-    total = weight.sum(dim=1, keepdim=True)
-    return torch.where(total > 0, weight / total, 0)
+    return (weight / weight.sum(dim=1, keepdim=True)).nan_to_num()
 
 
 def draw_weighted(pool: Tensor, chance: Tensor, other: Tensor, count: int,
-                  generator: torch.Generator, *, rate: float = 0.0) -> Tensor:      # -> (N, count)
-    """`count` draws a row: the `other` with probability `rate`, or always if all chances are 0."""
+                  generator: torch.Generator, rate: float = 0.0) -> Tensor:         # -> (N, count)
+    """`count` draws a row: `other` with probability `rate`, or always if all chances are 0."""
     chance = (1 - rate) * chance
-    last = 1 - chance.sum(dim=1, keepdim=True)
-    last = last.where(last > 1e-9, 0)                             # what only rounding left is none
+    last = F.threshold(1 - chance.sum(dim=1, keepdim=True), 1e-9, 0)   # 0 where rounding left it
     at = torch.multinomial(torch.cat([chance, last], dim=1), count, replacement=True,
                            generator=generator)
     return torch.cat([pool, other[:, None]], dim=1).gather(1, at)
@@ -203,19 +194,17 @@ def positive_pool(versions: int, documents: Sequence[int] | None, nearest: Tenso
 def negative_pool(texts: Sequence[str], nearest: Tensor, generator: torch.Generator) -> Tensor:
     """16 random texts, 8 that share rare words, 8 of the 50th to 200th nearest in meaning."""
     others, far = random_others(len(texts), 16, generator), nearest[:, 49:200]
-    order = torch.rand(far.shape, generator=generator)
-    some = order.topk(min(8, far.shape[1]), dim=1).indices
+    some = torch.rand(far.shape, generator=generator).topk(min(8, far.shape[1]), dim=1).indices
     return torch.cat([others, rare_word_neighbours(texts, 8), far.gather(1, some)], dim=1)
 
 
 def random_others(n: int, count: int, generator: torch.Generator) -> Tensor:        # -> (N, C)
     """Any rows but the own, all equally likely."""
-    away = torch.randint(1, n, (n, count), generator=generator)
-    return (torch.arange(n)[:, None] + away) % n
+    return (torch.arange(n)[:, None] + torch.randint(1, n, (n, count), generator=generator)) % n
 
 
 def rare_word_neighbours(texts: Sequence[str], count: int) -> Tensor:               # -> (N, C)
-    """The texts that share the most rare words with each: words that fewer than `common` have."""
+    """The texts that share the most rare words with each: words in fewer than `common` texts."""
     # A word in two texts is rare in any corpus, or a small one would have no rare words at all.
     places, common = defaultdict(list), max(3, 0.001 * len(texts))
     for number, text in enumerate(texts):
@@ -223,7 +212,7 @@ def rare_word_neighbours(texts: Sequence[str], count: int) -> Tensor:           
             places[word].append(number)
     found = torch.full((len(texts), count), EMPTY)
     for number, text in enumerate(tqdm(texts, disable=None, desc="rare words", unit="text")):
-        words = sorted(set(words_of(text)))                       # sets have no order of their own
+        words = sorted({*words_of(text)})                         # sets have no order of their own
         shared = Counter(chain(*(places[word] for word in words if len(places[word]) < common)))
         del shared[number]
         best = [other for other, _ in shared.most_common(count)]
@@ -234,19 +223,19 @@ def rare_word_neighbours(texts: Sequence[str], count: int) -> Tensor:           
 @torch.no_grad()
 def similarities(vectors: Tensor, words: Tensor, pool: Tensor, *, bins: int, chunk: int = 512
                  ) -> tuple[Tensor, Tensor]:                      # (N, C) -> (N, C) twice
-    """sem of each text with its candidates, NaN where there is none, and the bins of surface."""
+    """`sem` of each text with its candidates, NaN where EMPTY, and the bins of surface."""
     meaning, surface = [], []
-    blocks = zip(torch.arange(len(pool)).split(chunk), pool.split(chunk))
-    for rows, some in tqdm([*blocks], disable=None, desc="similarity", unit="chunk"):
+    blocks = tqdm(torch.arange(len(pool)).split(chunk), disable=None, desc="similarity")
+    for rows, some in zip(blocks, pool.split(chunk)):
         cosines = (unit(vectors[some]) @ unit(vectors[rows])[:, :, None])[..., 0]   # (R, C)
         meaning.append(cosines.clamp(min=0).masked_fill(some == EMPTY, torch.nan))
-        pairs = words[rows.repeat_interleave(some.shape[1])], words[some.flatten()]
-        surface.append(surface_bin(*pairs, bins).view_as(some))
+        own = words[rows.repeat_interleave(some.shape[1])]        # (R · C, T)
+        surface.append(surface_bin(own, words[some.flatten()], bins).view_as(some))
     return torch.cat(meaning), torch.cat(surface)
 
 
 def word_numbers(texts: Sequence[str], *, most: int) -> Tensor:   # -> (N, T), EMPTY behind the last
-    """The first words of each text as numbers: no more than `most`, as the encoder sees no more."""
+    """The first `most` words of each text as numbers: about what the encoder sees."""
     known, found = {}, torch.full((len(texts), most), EMPTY, dtype=torch.int32)
     for row, text in zip(found, texts):
         words = [known.setdefault(word, len(known)) for word in words_of(text)[:most]]
@@ -262,18 +251,14 @@ def surface_bin(a: Tensor, b: Tensor, bins: int) -> Tensor:       # (P, T) twice
 
 
 def edit_distance(a: Tensor, b: Tensor) -> Tensor:                # (P, T) twice -> (P,)
-    """Levenshtein's: the fewest words to put in, take out or exchange that turn a into b.
-
-    Row i of the table holds the distances from the first i words of a to every beginning of b.
-    """
+    """Levenshtein's: the fewest words to put in, take out or exchange that turn a into b."""
     length, other = (a != EMPTY).sum(dim=1), (b != EMPTY).sum(dim=1)                # (P,)
     places = torch.arange(b.shape[1] + 1, dtype=torch.int32)                        # (T + 1,)
-    row = places.expand(len(a), -1)                                                 # (P, T + 1)
-    last = row
+    # Row i holds the distances from the first i words of a to every beginning of b.
+    row = last = places.expand(len(a), -1)                                          # (P, T + 1)
     for i in range(1, int(length.max()) + 1):
         exchange = row[:, :-1] + (a[:, i - 1, None] != b)
-        row = torch.cat([torch.full_like(row[:, :1], i),
-                         torch.minimum(exchange, row[:, 1:] + 1)], dim=1)
+        row = F.pad(torch.minimum(exchange, row[:, 1:] + 1), (1, 0), value=i)
         row = (row - places).cummin(dim=1).values + places        # putting in, from left to right
         last = torch.where(length[:, None] == i, row, last)
     return last.gather(1, other[:, None])[:, 0]

@@ -6,20 +6,18 @@ Unlike SimCSE: this second task, whose gradient reaches the encoder through the 
     loss      contrast + λ · detection_loss(D(edited, h), edited ≠ original)
 
 A frozen masked LM, the generator, reads the sentence with some tokens masked, and the likeliest
-word at every place makes the edited sentence. The discriminator D starts as a copy of the encoder.
-It reads the edited sentence with the vector h of the original in place of [CLS], and says of every
+word at every place makes the edited sentence. The discriminator D, a copy of the encoder that is
+trained along, reads that with the vector h of the original in place of [CLS], and says of every
 token whether it was replaced. Both views are edited, each with its own masks and its own h.
 
 Chuang, Dangovski, Luo et al.: NAACL 2022, arXiv 2204.10298. As in the authors' code, words are the
 likeliest (the abstract has them drawn), and all places are read, not only the masked ones. Unlike
 there, the generator has no dropout, padding has no vote and [SEP] is never replaced. Users who ran
 their script report 75.25 to 77.44 for BERT-base, not 78.49 (issues 8 and 21 of their repository).
-
-The published averages belong to generators of half the layers, distilled from the encoder. For
-RoBERTa that is `--generator distilroberta-base`; DistilBERT is built differently and not loaded
-here. Our default is the encoder itself with its masked-LM head: in the paper's table of generators
-BERT-base then has 83.63 on STS-B dev instead of 84.56. A step costs about 3 of SimCSE's, or 2.3
-with a distilled generator; memory doubles.
+The published averages belong to distilled generators. For RoBERTa that is `--generator
+distilroberta-base`; for BERT it is DistilBERT, which cannot be loaded here. Our default is the
+encoder itself, with which their BERT-base has 83.63 on STS-B dev instead of 84.56.
+A step costs about 3 of SimCSE's, or 2.3 with a distilled generator; memory doubles.
 """
 
 import random
@@ -31,11 +29,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus, Tokenizer
+from data import Tokenizer
 from engine.encoders import load, load_masked_lm
 from engine.flags import Row, flag
 from engine.hub import encoder_folder
-from model import SentenceEncoder
 from papers import settings
 from papers.simcse import Encoded, SimCSE, frozen
 
@@ -44,10 +41,8 @@ from papers.simcse import Encoded, SimCSE, frozen
 class Config(settings.Config):
     generator: str = flag("", "diffcse", "masked LM that replaces words, with the encoder's "
                           "vocabulary; default: the encoder itself")
-    rtd_weight: float = flag(0.005, "diffcse", "weight λ of replaced-token detection (A.1)",
-                             least=0)
-    rtd_rate: float = flag(0.3, "diffcse", "share of tokens masked for the generator (recipe)",
-                           least=0, below=1)
+    rtd_weight: float = flag(0.005, "diffcse", "weight λ of the detection (A.1)", least=0)
+    rtd_rate: float = flag(0.3, "diffcse", "share of tokens masked (recipe)", least=0, below=1)
 
 
 class Projector(nn.Sequential):
@@ -72,10 +67,11 @@ class DiffCSE(SimCSE):
         "large": dict(batch_size=64, learning_rate=5e-6, epochs=2),   # ours, and the next
         "small": dict(epochs=2),
     }
+    needs = {"rtd_rate": "rtd_weight"}
     columns_taken = (1,)
     head = Projector
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.discriminator = deepcopy(model.encoder)
         self.detector = nn.Linear(model.config.width, 2)          # original or replaced?
@@ -97,28 +93,28 @@ class DiffCSE(SimCSE):
         return contrast + self.config.rtd_weight * detection
 
     def edit(self, ids: Tensor, mask: Tensor, step: int) -> Tensor:   # (2B, T) x 2 -> (2B, T)
-        """What the generator reads where some tokens are masked, others at each step."""
+        """The sentences as the generator restores them, with other tokens masked at each step."""
         # Not the seed of the step: dropout draws from that.
         seed = random.Random(f"{self.config.seed} edit {step}").getrandbits(63)
         masked, _ = self.tokenizer.mask(ids, rate=self.config.rtd_rate, seed=seed)  # (2B, T)
         return torch.where(self.tokenizer.special(ids), ids, self.guess(masked, mask))
 
     def detect(self, edited: Tensor, mask: Tensor, h: Tensor) -> Tensor:
-        """Original or replaced? Two scores a token.    (2B, T) x 2, (2B, D) -> (2B, T, 2)"""
+        """Two scores a token: original, replaced.      (2B, T) x 2, (2B, D) -> (2B, T, 2)"""
         # After LayerNorm, and without a position: h is no word.
         x = self.discriminator.embed(edited, mask).with_first(h)
         return self.detector(self.discriminator.through(x)[-1])
 
 
 class Generator(nn.Module):
-    """An encoder with the head that it was pre-trained with, which puts a word at every token."""
+    """A masked LM, which puts a word at every token."""
 
     def __init__(self, name: str, tokenizer: Tokenizer):
         super().__init__()
         folder = encoder_folder(name)
         if Tokenizer.read(folder).whole.get_vocab() != tokenizer.whole.get_vocab():
             raise ValueError(f"--generator {name}: expected the vocabulary of --encoder, found "
-                             "another one: its words would be other words there")
+                             "another one: use a generator of the encoder's family")
         model = load(folder)
         self.encoder, self.head = model.encoder, load_masked_lm(folder, model)
 
@@ -131,18 +127,16 @@ class Generator(nn.Module):
 
 
 def detection_loss(logits: Tensor, replaced: Tensor, mask: Tensor) -> Tensor:
-    """Was this token replaced? Cross-entropy over real tokens.    (B, T, 2), (B, T) x 2 -> ()
+    """Cross-entropy of the question whether a real token was replaced.  (B, T, 2), (B, T) x 2 -> ()
 
         loss = mean_t  -log softmax(o_t)[y_t],   y_t = 1 where the token is not the original
-
-    The paper writes a sum. The authors' code takes the mean, which its λ belongs to, but over
-    padding too, so that there a batch's width changes its loss.
     """
+    # A mean, as in the authors' code, which λ belongs to; the paper writes a sum.
     return F.cross_entropy(logits[mask], replaced[mask].long())
 
 
 def hits(logits: Tensor, replaced: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """The share of replaced tokens, of these the share found, of the others that left alone."""
+    """The shares of tokens replaced, of these found, and of the others left alone."""
     changed = replaced[mask].float()                              # (R,)
     right = (logits.argmax(dim=-1) == replaced)[mask].float()     # (R,)
     return {"replaced": changed.mean(), "found": (right * changed).sum() / changed.sum(),

@@ -2,9 +2,8 @@
 FedRCL: a class attracts its sentences, but must not become a point, while clients train apart.
 
 In federated learning the texts stay with their owners, the clients. Each trains a copy of the
-model, and a server averages the copies. These drift apart where they saw different classes.
-Attraction within a class keeps them together, but alone it would make a point of every class, so a
-penalty holds pairs apart that are close already.
+model, and a server averages the copies, which drift apart where they saw different classes.
+Attraction within a class keeps them together; a penalty on close pairs keeps it from one point.
 
 Unlike SimCSE: the positives of a sentence are the others of its class, on several layers.
     prepare     the class of every sentence: its k-means cluster, by the encoder as it was given
@@ -15,11 +14,9 @@ Unlike SimCSE: the positives of a sentence are the others of its class, on sever
 
 In the style of Seo, Kim, Kim, Han: CVPR 2024, arXiv 2401.04928, on images with labels; nothing is
 published on text. Their code compares the least similar sentence of the class with the two most
-similar ones of other classes, and penalizes only where that least similar one is too close. Ours:
-the formula over all pairs, which their abstract speaks of; clusters as classes; layers of a
-transformer as levels; AdamW; a learning rate that falls from step to step, as in SimCSE, and with
-every round. Theirs falls with every local epoch.
-
+similar ones of other classes, penalizes only if even this least similar one is too close, and
+lowers the learning rate with every local epoch. Ours: the formula over all pairs, as in their
+abstract; clusters as classes; layers as levels; AdamW; a rate that falls within a round, too.
 A step costs about half of SimCSE's, since each sentence is encoded once.
 """
 
@@ -35,16 +32,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag
 from engine.tables import table
 from losses import cosine
-from model import POOLINGS, EncoderConfig, SentenceEncoder
+from model import POOLINGS
 from papers import settings
 from papers.corpus import LEAST, assign, hold_out, kmeans, unit
 from papers.simcse import Encoded, SimCSE
-
-ROUND_DECAY = 0.998                   # of the learning rate, from round to round (their scripts)
 
 
 @dataclass(frozen=True)
@@ -54,20 +48,17 @@ class Config(settings.Config):
     levels: int = flag(3, "fedrcl", "layers compared, evenly spaced; 1: the last (ours)", least=1)
     scl_weight: float = flag(1.0, "fedrcl", "weight w of attraction (their code)", least=0)
     penalty_weight: float = flag(1.0, "fedrcl", "weight β of the penalty (their code)", least=0)
-    penalty_threshold: float = flag(0.7, "fedrcl", "cosine λ above which a pair is penalized "
-                                    "(their code)", least=0, most=1)
-    clients: int = flag(0, "fedrcl", "clients, half of them in a round (ours); 0: no federation, "
-                        "one plain run", least=0)
+    penalty_threshold: float = flag(0.7, "fedrcl", "cosine λ where the penalty begins (their code)",
+                                    least=0, most=1)
+    clients: int = flag(0, "fedrcl", "clients, half of them in a round (ours); 0: no federation",
+                        least=0)
     rounds: int = flag(20, "fedrcl", "rounds of local training and averaging (ours)", least=1)
     alpha: float = flag(0.1, "fedrcl", "concentration of the Dirichlet split, one of theirs: the "
                         "lower, the fewer classes a client has", above=0)
 
 
 class FedRCL(SimCSE):
-    """loss = CE(class of x) + mean over levels of (w · contrast + β · penalty)
-
-    A level is a layer, pooled: of 12 layers and 3 levels 4, 8 and 12.
-    """
+    """loss = CE(class of x) + mean over levels of (w · contrast + β · penalty)"""
     Config = Config
     rows = [Row("--method fedrcl --clients 8",
                 "a class attracts but must not collapse, client by client",
@@ -76,10 +67,11 @@ class FedRCL(SimCSE):
     recipes = {"any": dict(head="none")}
     columns_taken = (1,)
     losses_taken = ("info-nce",)
+    needs = {"rounds": "clients", "alpha": "clients"}
     toy = dict(levels=2, classes=4)
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape):
         if config.head != "none":
             raise ValueError(f"--method fedrcl compares layers without a head, found --head "
                              f"{config.head}: use --head none")
@@ -90,16 +82,15 @@ class FedRCL(SimCSE):
             texts = corpora[0].columns[0]
             share = len(hold_out(texts, range(len(texts)))[1]) // config.clients
             if len(texts) < LEAST or share < config.batch_size:
-                raise ValueError(
-                    f"--clients {config.clients}: expected at least {LEAST} sentences, and "
-                    f"--batch-size {config.batch_size} for each client, found {len(texts)} and "
-                    f"{share}: use fewer clients, a smaller batch or a larger corpus")
+                raise ValueError(f"--clients: expected {LEAST} sentences and {config.batch_size} a "
+                                 f"client, found {len(texts)} and {share}: use fewer clients")
 
-    def __init__(self, corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.turns = config.rounds if config.clients else 0
         self.pool, depth = POOLINGS[model.pooling], model.config.layers
-        self.levels = [round(depth * level / config.levels) - depth - 1       # the last is -1
+        # A level is a layer, counted from the last, -1: of 12 layers and 3 levels 4, 8 and 12.
+        self.levels = [round(depth * level / config.levels) - depth - 1
                        for level in range(1, config.levels + 1)]
         self.layers_read = -self.levels[0]
         self.classifier = nn.Linear(model.config.width, config.classes)
@@ -130,7 +121,7 @@ class FedRCL(SimCSE):
                       "penalty": penalty.detach()}
         return ce_loss + config.scl_weight * contrast + config.penalty_weight * penalty
 
-    def outer_loop(self, job, train_turn: Callable, *, first: int) -> Iterator[dict]:
+    def outer_loop(self, job, train_on: Callable, *, first: int) -> Iterator[dict]:
         """FedAvg from round `first` on. Between two rounds `job.networks` are the server's."""
         config, texts, labels = self.config, self.corpus.columns[0], self.labels.cpu()
         probe, rest = hold_out(texts, range(len(texts)))          # nobody trains on the probe
@@ -139,13 +130,13 @@ class FedRCL(SimCSE):
         steps = config.steps or config.epochs * (len(shards[0]) // config.batch_size)
         for number in range(first, config.rounds + 1):
             server, origin = snapshot(job.networks), job.encode(asked)
-            rate = config.learning_rate * ROUND_DECAY ** (number - 1)
+            rate = config.learning_rate * 0.998 ** (number - 1)   # their scripts
             states, losses, drifts = [], [], []
             for client in taking_part(number, config.clients, seed=config.seed):
                 job.networks.load_state_dict(server)
-                turn = (number - 1) * config.clients + client     # each has draws of its own
-                losses.append(train_turn(shards[client], number=turn, steps=steps,
-                                         learning_rate=rate))
+                draws = (number - 1) * config.clients + client    # each client has its own
+                losses.append(train_on(shards[client], number=draws, steps=steps,
+                                       learning_rate=rate))
                 drifts.append(1 - F.cosine_similarity(job.encode(asked), origin).mean().item())
                 states.append(snapshot(job.networks))
             job.networks.load_state_dict(fed_avg(states))
@@ -156,26 +147,23 @@ class FedRCL(SimCSE):
         """A line a round, since the curves of a federation swing: the last alone says little."""
         names = ["drift", *rows[0]["at_start"]]
         found = {"before": rows[0]["at_start"], **{f"round {row['step']}": row for row in rows}}
-        # metrics.jsonl has null for NaN, as where no class has two of the sentences.
-        shown = {title: {name: math.nan if row.get(name) is None else row[name] for name in names}
+        shown = {title: {name: row.get(name, math.nan) for name in names}
                  for title, row in found.items()}
         return (f"A step above is a round, in which half of {self.config.clients} clients train. "
                 "Measured on held-out sentences of the corpus:\n\n"
                 f"{table(shown, digits=3)}\n", {"rounds": rows})
 
 
-# ---- the loss -------------------------------------------------------------------------------
-
 def relaxed_contrast(x: Tensor, labels: Tensor, *, temperature: float = 0.05,
                      threshold: float = 0.7) -> tuple[Tensor, Tensor]:
-    """Attraction within a class, and the penalty on it.           (B, D), (B,) -> (A,), (B,)
+    """Attraction within a class, and the penalty on close pairs.  (B, D), (B,) -> (A,), (B,)
 
         contrast_i = mean_{j in P_i} -log  exp(s_ij / τ) / Σ_{k≠i} exp(s_ik / τ)
         penalty_i  = log(exp(1 / τ) + Σ_{j in P_i, s_ij > λ} exp(s_ij / τ)) - 1 / τ
 
     P_i: the others of the batch with its label; the A anchors that have any make the contrast.
     """
-    s, same = cosine(x, x), same_class(labels)                    # (B, B)s
+    s, same = cosine(x, x), (labels[:, None] == labels).fill_diagonal_(False)       # (B, B)s
     own = torch.eye(len(s), dtype=torch.bool, device=s.device)
     count = same.sum(dim=1)                                       # (B,)
     surprise = (s / temperature).masked_fill(own, -math.inf).logsumexp(dim=1)
@@ -184,13 +172,6 @@ def relaxed_contrast(x: Tensor, labels: Tensor, *, temperature: float = 0.05,
     excess = ((s - 1) / temperature).masked_fill(~(same & (s > threshold)), -math.inf)
     return contrast[count > 0], excess.masked_fill(own, 0).logsumexp(dim=1)
 
-
-def same_class(labels: Tensor) -> Tensor:                         # (B,) -> (B, B)
-    """Are these two different sentences of one class?"""
-    return (labels[:, None] == labels).fill_diagonal_(False)
-
-
-# ---- the federation -------------------------------------------------------------------------
 
 def deal_out(rows: Sequence[int], labels: Tensor, clients: int, *, alpha: float, seed: int
              ) -> list[list[int]]:
@@ -223,32 +204,21 @@ def snapshot(networks: nn.Module) -> dict[str, Tensor]:
 
 
 def fed_avg(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """FedAvg: the mean of every tensor of floats; others as the first client has them.
-
-    McMahan et al. 2017 weigh clients by their sentences, of which all have as many here. In double
-    precision, so that the mean of equal models is exactly that model.
-    """
-    averaged = dict(states[0])
-    for name, tensor in averaged.items():
-        if tensor.is_floating_point():
-            total = sum(state[name].double() for state in states)
-            averaged[name] = (total / len(states)).to(tensor.dtype)
-    return averaged
+    """FedAvg (McMahan et al. 2017): the mean of floats; all else as the first client has it."""
+    # In double precision, so that the mean of equal models is exactly that model.
+    return {name: (sum(state[name].double() for state in states) / len(states)).to(tensor.dtype)
+            if tensor.is_floating_point() else tensor for name, tensor in states[0].items()}
 
 
 def collapse(x: Tensor, labels: Tensor) -> dict[str, float]:      # (N, D), (N,)
-    """Is a class a point? Then the cosine within classes is near 1, and that between them low."""
-    s = cosine(x, x)                                              # (N, N)
-    return {"same_class_cosine": s[same_class(labels)].mean().item(),
-            "between_class_cosine": s[labels[:, None] != labels].mean().item(),
-            "participation_ratio": participation_ratio(x)}
+    """Mean cosines within and between classes, and how many directions the embeddings fill.
 
-
-def participation_ratio(x: Tensor) -> float:                      # (N, D)
-    """How many directions the embeddings fill: from 1, all on a line, to D, a ball.
-
-        (Σ λ)² / Σ λ²,   λ the eigenvalues of their covariance
+        participation ratio = (Σ λ)² / Σ λ² in 1..D,   λ the eigenvalues of the covariance
     """
+    s, differ = cosine(x, x), labels[:, None] != labels           # (N, N)s
     x = F.normalize(x, dim=-1)
     covariance = (x - x.mean(dim=0)).mT @ (x - x.mean(dim=0))     # (D, D)
-    return (covariance.trace().square() / covariance.square().sum()).item()
+    ratio = covariance.trace().square() / covariance.square().sum()
+    return {"same_class_cosine": s[(~differ).fill_diagonal_(False)].mean().item(),
+            "between_class_cosine": s[differ].mean().item(),
+            "participation_ratio": ratio.item()}

@@ -2,24 +2,22 @@
 IFND: negatives of the anchor's own cluster are left out, the surest first, in the end all.
 
 Unlike SimCSE: sentences of a batch that probably mean the same do not push each other away.
-    rounds    R + 1 rounds of as many steps, in SimCSE's order of the rows; no label is accepted in
-              round 0, so it is plain SimCSE
-    refresh   before round r = 1 to R, the present encoder clusters the corpus, into K and into 4·K
-              clusters; of both kinds of labels, the share ρ r / R with most confidence is accepted
-    loss      negatives that share an accepted label with the anchor are left out; or they become
-              further positives (`attract`)
+    rounds    R + 1 rounds of equal length, rows in the order SimCSE has; round 0 is SimCSE
+    refresh   before round r = 1 to R, the encoder clusters the corpus into K and into 4·K clusters;
+              of both kinds of labels, the share ρ r / R of highest confidence is accepted
+    loss      the mean over both K; a candidate that shares an accepted label with the anchor is
+              left out, or becomes a further positive (`attract`); hard negatives stay as they are
 
 In the style of Chen, Hung, Tseng, Chien, Yang: ICLR 2022, arXiv 2106.03719. Their abstract has the
-clusters, the acceptance that grows, and both uses of it, for images. Neither full text nor code
-could be had, so confidence, ramp and K are ours. Clusters of Wikipedia are topics, so `attract`
-makes positives of texts that merely share one.
-A step costs as much as one of SimCSE; four refreshes of a whole corpus, two thirds of an epoch.
+clusters, the growing acceptance, and both uses of it, for images. Neither full text nor code could
+be had, so confidence, ramp and K are ours. Clusters of Wikipedia are topics, so `attract` makes
+positives of texts that merely share one.
+A step costs as much as SimCSE's; four refreshes of a whole corpus cost two thirds of an epoch.
 """
 
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,10 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag
 from losses import cosine, many_positives
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.corpus import EMPTY, assign, index, kmeans, rows_of_run
 from papers.simcse import Encoded, SimCSE, own_hard_negative
@@ -40,18 +36,13 @@ from papers.simcse import Encoded, SimCSE, own_hard_negative
 class Config(settings.Config):
     false_negatives: str = flag("eliminate", "ifnd", "treatment of false negatives: left out, or "
                                 "made positives", ["eliminate", "attract"])
-    clusters: int = flag(0, "ifnd", "clusters K, and 4·K next to them; 0: about the batch size "
-                         "(ours)", least=0)
+    clusters: int = flag(0, "ifnd", "clusters K, and 4·K; 0: about the batch size (ours)", least=0)
     cluster_rounds: int = flag(4, "ifnd", "R, refreshes of the clusters (ours)", least=1)
-    accepted: float = flag(1.0, "ifnd", "ρ, share of the labels that the last refresh accepts "
-                           "(ours)", least=0, most=1)
+    accepted: float = flag(1.0, "ifnd", "share ρ of labels accepted at last", least=0, most=1)
 
 
 class IFND(SimCSE):
-    """loss = mean over both K of L(anchor, candidates that are not false negatives)
-
-    Labels speak of anchors and their positives; hard negatives stay what they are.
-    """
+    """loss = mean over both K of L(anchor, candidates that are not false negatives)"""
     Config = Config
     rows = [Row("--method ifnd", "negatives of the anchor's cluster are left out, the surest first",
                 "Chen, Hung, Tseng, Chien, Yang: IFND. ICLR 2022, arXiv 2106.03719",
@@ -59,42 +50,44 @@ class IFND(SimCSE):
     toy = dict(cluster_rounds=2)
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape):
         if config.false_negatives == "attract" and config.loss != "info-nce":
             raise ValueError(f"--false-negatives attract has its own loss, found --loss "
-                             f"{config.loss}: use --loss info-nce, or --false-negatives eliminate")
+                             f"{config.loss}: use --loss info-nce")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         k = config.clusters or 2 ** round(math.log2(config.batch_size - 1))
         self.sizes = (k, 4 * k)
-        label = torch.full((2, len(corpus)), EMPTY, dtype=torch.int32)
-        self.register_buffer("label", label)                      # (2, N) accepted ones only
+        accepted = torch.full((2, len(corpus)), EMPTY, dtype=torch.int32)
+        self.register_buffer("label", accepted)                   # (2, N)
         self.register_buffer("refreshed", torch.tensor(0))
 
-    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+    def rounds(self, steps):
         """R + 1 rounds of as many steps, each on all rows, so that the order of rows goes on."""
         count = min(self.config.cluster_rounds + 1, steps)
         ends = [steps * number // count for number in range(count + 1)]
         return [(end - begin, range(len(self.corpus))) for begin, end in zip(ends, ends[1:])]
 
-    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+    def refresh(self, encode, rows):
         """Cluster the rows that the run sees, and accept more of the labels than before."""
         rows = rows_of_run(len(rows), self.config)                # few, where --steps ends it early
         texts = [self.corpus.columns[0][row] for row in rows]
         x = index(partial(encode, max_tokens=self.config.max_tokens), texts)        # (n, D)
         self.refreshed += 1
-        number = self.refreshed.item()
         for level, k in enumerate(self.sizes):
-            seed = random.Random(f"{self.config.seed} clusters {number} {k}").getrandbits(63)
-            centres = kmeans(x, k, seed=seed, device=self.label.device)
+            rng = random.Random(f"{self.config.seed} clusters {self.refreshed} {k}")
+            centres = kmeans(x, k, seed=rng.getrandbits(63), device=self.label.device)
             label, _, confidence = assign(x, centres)
-            self.label[level, rows] = accept(label, confidence, self.share).to(self.label)
-        warn_of_collapse(self.label[:, rows])
+            label = accept(label, confidence, self.share)
+            self.label[level, rows] = label.to(self.label)
+            if (torch.bincount(label[label != EMPTY]) / len(rows)).square().sum() > 0.95:
+                warnings.warn("ifnd: more than 95 % of all pairs share a cluster, so nothing keeps "
+                              "vectors apart: try more --clusters, or a lower --accepted")
 
     @property
     def share(self) -> float:
-        """The share of the labels that is accepted after r refreshes: ρ r / R."""
+        """The share of the labels that is accepted by now: ρ r / R after r refreshes."""
         return self.config.accepted * self.refreshed.item() / self.config.cluster_rounds
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
@@ -117,24 +110,11 @@ class IFND(SimCSE):
 
 
 def accept(label: Tensor, confidence: Tensor, share: float) -> Tensor:   # (N,), (N,) -> (N,)
-    """The labels of highest confidence, exactly floor(share · N); EMPTY for the others.
-
-    Of equal confidence the first ones, so that a greater share contains the smaller.
-    """
+    """The floor(share · N) labels of highest confidence, of equal ones the first; else EMPTY."""
     order = confidence.argsort(descending=True, stable=True)
     return label.index_fill(0, order[math.floor(share * len(label)) :], EMPTY)
 
 
 def false_negatives(label: Tensor) -> Tensor:                     # (B,) -> (B, B) bool
-    """Which pairs share a label that was accepted of both; nobody is a negative of itself."""
-    same = (label[:, None] == label) & (label != EMPTY)
-    return same.fill_diagonal_(False)
-
-
-def warn_of_collapse(labels: Tensor) -> None:                     # (2, N)
-    """Where nearly all negatives are left out, nothing keeps the vectors apart."""
-    for label in labels:
-        sizes = torch.bincount(label[label != EMPTY])
-        if (sizes / len(label)).square().sum() > 0.95:
-            warnings.warn("ifnd: more than 95 % of all pairs share a cluster, so hardly a negative "
-                          "is left: try more --clusters, or a lower --accepted")
+    """Which pairs share a label that was accepted of both; no row pairs with itself."""
+    return ((label[:, None] == label) & (label != EMPTY)).fill_diagonal_(False)

@@ -7,18 +7,18 @@ Unlike SimCSE: a positive may be another sentence, of the same cluster of the sa
     views     the positive is the sentence itself, or one that it makes a positive pair with
     loss      no sentence is a negative of its own cluster or of an equal text
 
-In the style of Yang, Liu, Xiao, Lian, Wu, Lian, Sun, Xie: arXiv 2202.13802. Their abstract has the
-idea that annotation and representation improve each other; a summary by others has the clusters
-inside documents. Neither full text nor code could be had, so all else is ours. The InfoCSE of Wu
+In the style of Yang, Liu, Xiao, Lian, Wu, Lian, Sun, Xie: arXiv 2202.13802, whose abstract has the
+idea that annotation and representation improve each other. A summary by others has the clusters
+inside documents; all else is ours, since neither full text nor code could be had. The InfoCSE of Wu
 et al. (arXiv 2210.06432) is another method.
-A step costs as much as one of SimCSE; with R = 3, all annotations add an eighth to the run.
+A step costs as much as SimCSE's; with R = 3, all annotations add an eighth to the run.
 """
 
 import math
 import random
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -29,9 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag
-from model import SentenceEncoder
 from papers import settings
 from papers.corpus import text_numbers, words_of
 from papers.simcse import Encoded, SimCSE
@@ -49,9 +47,6 @@ class Config(settings.Config):
     twin_rate: float = flag(0.5, "infocse", "ρ, probability that a sentence with positive pairs "
                             "is its own positive (ours)", least=0, most=1)
     mate_temperature: float = flag(0.1, "infocse", "τ_s, temperature of the draw (ours)", above=0)
-
-
-LOGGED = ("threshold", "coverage", "agreement")
 
 
 class Annotation(NamedTuple):
@@ -75,7 +70,7 @@ class InfoCSE(SimCSE):
     toy = dict(annotation_rounds=2, annotation_quantile=0.5)
     columns_taken = (1,)
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         lines, K = corpus.columns[0], config.largest_cluster - 1
         self.documents = find_documents(lines, corpus.documents)  # the rows of each
@@ -86,9 +81,9 @@ class InfoCSE(SimCSE):
         self.register_buffer("paired", torch.zeros(len(lines), K, dtype=torch.int32))   # (N, K)
         self.register_buffer("chance", torch.zeros(len(lines), K))                  # (N, K)
         self.register_buffer("annotations", torch.tensor(0))
-        self.register_buffer("logged", torch.full((len(LOGGED),), math.nan))
+        self.register_buffer("logged", torch.full((3,), math.nan))
 
-    def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
+    def rounds(self, steps):
         """Documents in random order, in every pass another, cut into R + 1 rounds."""
         batch, count = self.config.batch_size, min(self.config.annotation_rounds + 1, steps)
         rows = []
@@ -99,24 +94,23 @@ class InfoCSE(SimCSE):
         return [(end - begin, rows[begin * batch : end * batch])
                 for begin, end in zip(ends, ends[1:])]
 
-    def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
+    def refresh(self, encode, rows):
         """Annotate the documents of these rows, and a probe that shows how much has changed."""
-        if self.config.annotator == "frozen":                     # all, once and for all
+        config = self.config
+        if config.annotator == "frozen":                          # all, once and for all
             if self.annotations:
                 return
             rows = range(len(self.corpus))
         asked = {*rows, *self.probe}
-        found = annotate(self.corpus.columns[0],
-                         [each for each in self.documents if not asked.isdisjoint(each)],
-                         partial(encode, max_tokens=self.config.max_tokens),
-                         quantile=self.config.annotation_quantile,
-                         largest=self.config.largest_cluster, seed=self.config.seed)
+        documents = [each for each in self.documents if not asked.isdisjoint(each)]
+        found = annotate(self.corpus.columns[0], documents,
+                         partial(encode, max_tokens=config.max_tokens), seed=config.seed,
+                         quantile=config.annotation_quantile, largest=config.largest_cluster)
         rows, before = list(found.cluster), self.cluster[self.probe]
-        table = pair_table(found.pairs, rows, width=self.paired.shape[1],
-                           temperature=self.config.mate_temperature)
-        for kept, new in zip((self.cluster, self.paired, self.chance),
-                             (torch.tensor(list(found.cluster.values())), *table)):
-            kept[rows] = new.to(kept)
+        paired, chance = pair_table(found.pairs, rows, width=self.paired.shape[1],
+                                    temperature=config.mate_temperature)
+        self.cluster[rows] = torch.tensor(list(found.cluster.values())).to(self.cluster)
+        self.paired[rows], self.chance[rows] = paired.to(self.paired), chance.to(self.chance)
         agreed = adjusted_rand(before, self.cluster[self.probe]) if self.annotations else math.nan
         self.annotations += 1
         self.logged.copy_(torch.tensor([found.threshold, found.coverage, agreed]))
@@ -130,36 +124,33 @@ class InfoCSE(SimCSE):
         return [anchors, positives]
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
-        differ = [x[out.rows, None] != x[out.rows] for x in (self.cluster, self.text)]   # (B, B)s
-        weight = (differ[0] & differ[1]).fill_diagonal_(True).to(out.anchor.dtype)
+        cluster, text = self.cluster[out.rows], self.text[out.rows]                 # (B,)s
+        differ = (cluster[:, None] != cluster) & (text[:, None] != text)            # (B, B)
+        weight = differ.fill_diagonal_(True).to(out.anchor.dtype)
         return self.loss_of(out.anchor, out.positive, weight=weight)
 
     def logs(self) -> dict[str, float]:
         """`agreement`: adjusted Rand index of a probe's clusters with those found before."""
-        return {name: x for name, x in zip(LOGGED, self.logged.tolist()) if not math.isnan(x)}
+        found = zip(("threshold", "coverage", "agreement"), self.logged.tolist())
+        return {name: value for name, value in found if not math.isnan(value)}
 
 
 def is_title(line: str) -> bool:
-    """At most 8 words and no mark of an end: how the titles of articles look in SimCSE's file."""
+    """A line of at most 8 words without a mark of an end: so titles look in SimCSE's file."""
     return len(line.split()) <= 8 and line[-1] not in '.!?")'
 
 
 def can_be_paired(line: str) -> bool:
-    """No title, fragment or list: those have the highest similarities, and teach nothing."""
+    """No title, fragment or list: these look alike, so that pairs of them teach nothing."""
     return 6 <= len(line.split()) <= 64 and not is_title(line)
 
 
 def find_documents(lines: list[str], documents: list[int] | None) -> list[range]:
-    """The rows of each document, cut after 64; where no numbers tell, a title begins one.
-
-    Fewer titles than one in 200 lines are taken to mean that the lines are shuffled.
-    """
+    """The rows of each document, cut after 64; without numbers of documents, a title begins one."""
     titles = list(map(is_title, lines))
     if documents is None and 200 * sum(titles) < len(lines):
-        raise ValueError(
-            "--method infocse seeks positives inside documents: expected blank lines between them, "
-            f"or lines in order with titles, found {sum(titles)} titles in {len(lines)} lines, so "
-            "they seem shuffled: use another --corpus, such as a .txt with blank lines")
+        raise ValueError(f"expected documents, found {sum(titles)} titles in {len(lines)} lines, "
+                         "so they seem shuffled: use another --corpus, with blank lines or titles")
     begins = [0]
     for row in range(1, len(lines)):
         new = titles[row] if documents is None else documents[row] != documents[row - 1]
@@ -170,18 +161,18 @@ def find_documents(lines: list[str], documents: list[int] | None) -> list[range]
 
 def annotate(lines: list[str], documents: list[range], encode: Callable, *, quantile: float,
              largest: int = 8, seed: int = 0) -> Annotation:
-    """Cluster the sentences of each document, and find the positive pairs of each cluster.
-
-    With more than 60 % of the rows in a pair, the threshold was too low: the quantile rises once.
-    With fewer than 1 %, no pair is kept, so that training goes on as in SimCSE.
-    """
+    """Cluster the sentences of each document, and find the positive pairs of each cluster."""
     rows = [[row for row in document if can_be_paired(lines[row])] for document in documents]
+    sizes = [len(each) for each in rows]
     x = F.normalize(encode([lines[row] for each in rows for row in each]), dim=-1)  # (N, D)
-    similarities = [(y @ y.mT).numpy() for y in x.split([len(each) for each in rows])]
+    similarities = [(y @ y.mT).numpy() for y in x.split(sizes)]
     rng = np.random.default_rng(seed)                             # leaves the global one alone
     within = np.concatenate([s[np.triu_indices(len(s), 1)] for s in similarities])
     within = rng.choice(within, 2_000_000, replace=False) if len(within) > 2_000_000 else within
-    across = cosines_across(x, rows, rng)
+    document = np.repeat(np.arange(len(rows)), sizes)             # (N,)
+    i, j = rng.integers(max(len(x), 1), size=(2, 100_000 if len(x) else 0))
+    apart = document[i] != document[j]
+    across = (x[i[apart]] * x[j[apart]]).sum(dim=-1).numpy()      # cosines between documents
     for raised in (quantile, min(quantile + 0.03, 1)):
         threshold = similarity_threshold(within, across, quantile=raised)
         cluster, pairs = {row: row for document in documents for row in document}, {}
@@ -190,7 +181,7 @@ def annotate(lines: list[str], documents: list[range], encode: Callable, *, quan
             cluster |= {row: each[name] for row, name in zip(each, names)}
             pairs |= positive_pairs(lines, each, names, similarity, threshold=threshold)
         coverage = len({*chain(*pairs)}) / len(cluster)
-        if coverage <= 0.6:
+        if coverage <= 0.6:                                       # else the threshold was too low
             break
     if coverage < 0.01:
         warnings.warn(f"infocse: only {coverage:.2%} of the sentences are in a positive pair, so "
@@ -199,20 +190,10 @@ def annotate(lines: list[str], documents: list[range], encode: Callable, *, quan
     return Annotation(threshold, coverage, cluster, pairs)
 
 
-def cosines_across(x: Tensor, rows: list[list[int]], rng: np.random.Generator) -> np.ndarray:
-    """Cosines of sentences of two documents, of which 100,000 pairs are drawn."""
-    document = np.repeat(np.arange(len(rows)), [len(each) for each in rows])        # (N,)
-    i, j = rng.integers(max(len(x), 1), size=(2, 100_000 if len(x) else 0))
-    apart = document[i] != document[j]
-    return (x[i[apart]] * x[j[apart]]).sum(dim=-1).numpy()
-
-
 def similarity_threshold(within: np.ndarray, across: np.ndarray, *, quantile: float) -> float:
-    """From which cosine on two sentences of a document may be a positive pair.
+    """The least cosine of a positive pair; it follows the encoder, whose cosines shrink.
 
         δ = max(the quantile of cosines within documents, mean + 3 std of those across), in 0..0.95
-
-    It has no scale of its own: it follows the encoder, whose cosines shrink as it learns.
     """
     floor = across.mean() + 3 * across.std() if len(across) else 0.0
     usual = np.quantile(within, quantile) if len(within) else 1.0
@@ -221,12 +202,11 @@ def similarity_threshold(within: np.ndarray, across: np.ndarray, *, quantile: fl
 
 def average_linkage(similarity: np.ndarray, *, threshold: float, largest: int = 8
                     ) -> np.ndarray:                              # (N, N) -> (N,)
-    """Merge the two clusters with the highest mean similarity, again and again.
+    """Merge the clusters of highest mean similarity, down to `threshold`, up to `largest` members.
 
         S(A ∪ B, C) = (|A| S(A, C) + |B| S(B, C)) / (|A| + |B|)
 
-    Until no two with a mean of `threshold` or more fit into `largest` members. A cluster is named
-    after its first member; of equal means the first in reading order is merged first.
+    A cluster is named after its first member; of equal means, reading order decides.
     """
     n = len(similarity)
     s, sizes, name = np.array(similarity, np.float64), np.ones(n), np.arange(n)
@@ -241,21 +221,18 @@ def average_linkage(similarity: np.ndarray, *, threshold: float, largest: int = 
 
 def positive_pairs(lines: list[str], rows: list[int], names: np.ndarray, similarity: np.ndarray, *,
                    threshold: float) -> dict[tuple[int, int], float]:
-    """The pairs inside clusters that share less than 80 % of their words: the others teach nothing.
-
-    Average linkage lets in weak members, so each pair must reach the threshold itself.
-    """
+    """The pairs in a cluster that reach the threshold and share less than 80 % of their words."""
+    # Average linkage lets in weak members, and pairs of nearly the same words teach nothing.
     words, found = [set(words_of(lines[row])) for row in rows], {}
     for i, j in np.argwhere(np.triu((names[:, None] == names) & (similarity >= threshold), 1)):
-        jaccard = len(words[i] & words[j]) / len(words[i] | words[j])
-        if jaccard < 0.8:
+        if len(words[i] & words[j]) < 0.8 * len(words[i] | words[j]):
             found[rows[i], rows[j]] = float(similarity[i, j])
     return found
 
 
 def pair_table(pairs: dict[tuple[int, int], float], rows: list[int], *, width: int,
                temperature: float) -> tuple[Tensor, Tensor]:      # -> (R, width), (R, width)
-    """With whom each row is paired, and the chances: softmax of cosine / τ, or all zero."""
+    """The partners of each row, and their chances: softmax of cosine / τ, or all zero."""
     partners = {row: {} for row in rows}                          # row -> its partners -> cosine
     for (i, j), cosine in pairs.items():
         partners[i][j] = partners[j][i] = cosine

@@ -1,14 +1,13 @@
 """
 IS-CSE: a sentence must find its positive, and also a blend of the positive and its neighbours.
 
-Unlike SimCSE: every positive counts a second time, averaged with the nearest positives of the last
-steps. To take each sentence for a class of its own is over-confident; an average blurs the borders.
+Unlike SimCSE: a second InfoNCE has each positive averaged with the nearest positives of the last
+steps. The reason: that every sentence is a class of its own is an over-confident claim.
     loss    InfoNCE among the positives, and α times InfoNCE among the smoothed ones
 
-He, Zhang, Lan, Zhang: AAAI 2023, arXiv 2305.07424. Formulas and settings are those of the authors'
-code: 16 neighbours and the positive itself make a blend, and a neighbour may be of the same batch.
-Their code encodes hard negatives and leaves them out of the loss; here a corpus that has them is
-refused. Nothing more is encoded: a step costs 1.04 of SimCSE's in the built-in encoder.
+He, Zhang, Lan, Zhang: AAAI 2023, arXiv 2305.07424. As in the authors' code, a neighbour may be of
+the same batch. Their code encodes hard negatives and leaves them out of the loss; here a corpus
+that has them is refused. A step costs 1.04 of SimCSE's in the built-in encoder.
 """
 
 import math
@@ -18,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.memory import Memory
 from papers.simcse import Encoded, SimCSE
@@ -31,16 +28,12 @@ class Config(settings.Config):
     buffer_size: int = flag(1024, "is-cse", "M, positives remembered (their code)", least=1)
     neighbours: int = flag(16, "is-cse", "K, others blended into a positive (their code)", least=0)
     smoothing_temperature: float = flag(2.0, "is-cse", "β of the blend (their code)", above=0)
-    alpha_start: float = flag(0.1, "is-cse", "weight of the smoothed term at first (recipe)",
-                              least=0)
-    alpha_end: float = flag(0.1, "is-cse", "weight of it from mid-training on (recipe)", least=0)
+    alpha_start: float = flag(0.1, "is-cse", "smoothed term's weight at first (recipe)", least=0)
+    alpha_end: float = flag(0.1, "is-cse", "its weight after mid-training (recipe)", least=0)
 
 
 class ISCSE(SimCSE):
-    """loss = L(anchor, positive) + α(t) · L(anchor, smoothed positive)
-
-    The second term begins when the memory is full: at step M / B, rounded up.
-    """
+    """loss = L(anchor, positive) + α(t) · L(anchor, smoothed positive)"""
     Config = Config
     rows = [Row("--method is-cse", "positives smoothed over neighbours in a memory buffer",
                 "He, Zhang, Lan, Zhang: IS-CSE. AAAI 2023, arXiv 2305.07424",
@@ -50,16 +43,16 @@ class ISCSE(SimCSE):
     toy = dict(buffer_size=20, neighbours=3)
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
-        if not max(config.batch_size, config.neighbours + 1) <= config.buffer_size:
-            raise ValueError(
-                f"--buffer-size {config.buffer_size} must be at least the batch size "
-                f"({config.batch_size}) and more than --neighbours ({config.neighbours})")
+    def check(cls, config, corpora, shape) -> None:
+        if max(config.batch_size, config.neighbours + 1) > config.buffer_size:
+            raise ValueError(f"--buffer-size {config.buffer_size} must be at least the batch size "
+                             f"({config.batch_size}) and more than --neighbours "
+                             f"({config.neighbours})")
         if config.alpha_end < config.alpha_start:
             raise ValueError(f"--alpha-end: expected at least --alpha-start, {config.alpha_start}, "
                              f"found {config.alpha_end}")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.memory = Memory(config.buffer_size, model.config.width)
 
@@ -68,7 +61,7 @@ class ISCSE(SimCSE):
         instance = self.contrast(out)
         smoothed = smooth(out.positive, self.memory.rows, neighbours=self.config.neighbours,
                           temperature=self.config.smoothing_temperature)            # (B, D)
-        # Before the memory is full, empty slots could be among the neighbours.
+        # Until the memory is full, at step M / B, empty slots could be among the neighbours.
         smoothing = self.loss_of(out.anchor, smoothed).where(self.memory.full, 0)
         self.terms = {"instance_loss": instance.detach(), "smoothing_loss": smoothing.detach()}
         return instance + smoothing * alpha(out.step, out.steps, start=self.config.alpha_start,
@@ -80,9 +73,8 @@ def smooth(x: Tensor, memory: Tensor, *, neighbours: int = 16, temperature: floa
 
         g = Σ_m w_m k_m,   w = softmax(x · k_m / β),   k = x and its K nearest memories
 
-    The nearest of all is left out, being the copy of x itself that was remembered just before.
-    Gradient flows through x as a member of its group and through its scores, never into the
-    memory. At β = 2 the scores lie within ±0.5, so the blend is close to a plain mean.
+    The nearest memory of all is the copy of x pushed just before, so it is left out. At β = 2 the
+    scores lie within ±0.5, so the blend is close to a plain mean.
     """
     x = F.normalize(x, dim=-1)                                                      # (B, D)
     ranks = (x.detach() @ memory.mT).topk(neighbours + 1).indices                   # (B, 1 + K)
@@ -92,8 +84,5 @@ def smooth(x: Tensor, memory: Tensor, *, neighbours: int = 16, temperature: floa
 
 
 def alpha(step: int, steps: int, *, start: float, end: float) -> float:
-    """The weight of the smoothed term: it climbs until mid-training and is constant from then on.
-
-    It may begin low, since the first neighbours are poor ones: the head is new.
-    """
+    """The smoothed term's weight: low while neighbours are poor, constant from mid-training on."""
     return end - max(math.cos(math.pi * (step - 1) / steps), 0) * (end - start)

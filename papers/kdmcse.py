@@ -6,11 +6,11 @@ Unlike SimCSE: every negative has a margin, and a pair too similar to the teache
     loss      InfoNCE with margins: of the two views, and of each view with the teacher's vectors
 
 Nguyen, Nguyen, Wu, Luu: NAACL 2024, arXiv 2403.17486. In the style of: their teacher is CLIP, and
-batches of captions with images come between those of plain sentences. One text encoder as the
-teacher of every batch is ours, and so is the threshold `by_chance`. Margin, grounding and λ are as
-in the authors' code; but there the margin between two views is 0.15 for all, and their scripts
-leave the filter off. A step costs 1.01 of SimCSE. Before the first step the teacher encodes the
-corpus, and its N vectors of D numbers stay in memory: 2·N·D bytes.
+captions with images alternate with plain sentences; one text encoder as the teacher of all is ours,
+and so is the threshold `by_chance`. The formula of the margin, grounding and λ are as in the
+authors' code. It differs in two points: all negatives of the other view have the margin 0.15, and
+its scripts leave the filter off. A step costs 1.01 of SimCSE's, and before the first the teacher
+encodes the corpus into 2·N·D bytes.
 """
 
 import math
@@ -21,10 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag, pick_device
 from losses import cosine, pick_own
-from model import POOLINGS, EncoderConfig, SentenceEncoder
+from model import POOLINGS
 from papers import settings
 from papers.corpus import index, open_teacher
 from papers.simcse import Encoded, SimCSE
@@ -34,10 +33,10 @@ from papers.simcse import Encoded, SimCSE
 class Config(settings.Config):
     teacher: str = flag("", "kdmcse", "encoder to learn from, or an .npy: a vector for each row")
     angular_margin: float = flag(
-        0.125, "kdmcse", "m, radians that a negative comes nearer at a teacher's similarity of 0 "
-        "(0.15 in their scripts)", least=0, most=1.5, why=", below a right angle")
+        0.125, "kdmcse", "m, radians by which a negative comes nearer that is unrelated to the "
+        "teacher (0.15 in their scripts)", least=0, most=1.5, why=", below a right angle")
     teacher_threshold: float = flag(
-        0.0, "kdmcse", "teacher's similarity above which a pair is no negative; 1: all are, "
+        0.0, "kdmcse", "teacher's similarity above which a pair is no negative; 1: no filter; "
         "0: set so for 1 random pair in 1000 (ours)", least=0, most=1)
     grounding_weight: float = flag(
         0.01, "kdmcse", "λ of the contrast with the teacher's vectors (their code)", least=0)
@@ -46,29 +45,27 @@ class Config(settings.Config):
 class KDMCSE(SimCSE):
     """loss = L(z, z') + λ · ½ Σ_v L(g(pooled view v), t(teacher))
 
-    L is InfoNCE with negatives as near as `nearer_negatives` puts them, but for the pairs that are
-    no negatives; g and t are projection heads.
+    L is InfoNCE of the cosines of `nearer_negatives`, without the pairs that are no negatives; g
+    and t are projection heads.
     """
     Config = Config
     rows = [Row("--method kdmcse --teacher ENCODER", "a teacher sets the margin of a negative",
                 "Nguyen, Nguyen, Wu, Luu: KDMCSE. NAACL 2024, arXiv 2403.17486",
                 "none on text alone: theirs are with images and captions")]
-    recipes = {
-        "base": dict(epochs=3),                                   # their run scripts
-        "roberta-base": dict(batch_size=128),                     # ours, and the next
-        "large": dict(batch_size=64, learning_rate=1e-5, epochs=3),
-    }
+    recipes = {"base": dict(epochs=3),                            # their run scripts
+               "roberta-base": dict(batch_size=128),              # ours, and the next
+               "large": dict(batch_size=64, learning_rate=1e-5, epochs=3)}
     columns_taken = (1,)
     losses_taken = ("info-nce",)
     toy = dict(teacher="mini")
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape) -> None:
         if not config.teacher:
             raise ValueError("--method kdmcse learns from a teacher: give --teacher an encoder's "
                              "folder, a Hub id, mini, or a file of vectors (.npy)")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.pool = POOLINGS[model.pooling]
         ask = open_teacher(config.teacher, corpus, device=pick_device(config.device))
@@ -90,7 +87,6 @@ class KDMCSE(SimCSE):
             return pick_own(cosines / self.config.temperature, kept.to(cosines.dtype))
 
         instance = margin_nce(out.anchor, out.positive)
-        # `dropped_pairs`: the filter's share of all negatives; well below 0.01 is usual.
         self.terms = {"instance_loss": instance.detach(),
                       "dropped_pairs": (~kept).sum() / (len(kept) ** 2 - len(kept))}
         if not self.config.grounding_weight:
@@ -104,13 +100,12 @@ class KDMCSE(SimCSE):
 
 
 def nearer_negatives(cosines: Tensor, similarity: Tensor, *, angular_margin: float) -> Tensor:
-    """Cosines after every negative came nearer by an angle: the less similar, the more.
+    """Cosines with every negative moved nearer by an angle: the less similar, the more.
 
         cos(θ_ij - m |1 - A_ij|)  where i != j and θ_ij > m, else cos θ_ij    (B, B)s -> (B, B)
 
-    A is the teacher's similarity, θ the student's angle: AdapACSE, after the authors' code. The
-    positive stays where it is. Expanded as cos θ cos d + sin θ sin d, d being what is subtracted,
-    since arccos has no gradient where a cosine is 1.
+    A is the teacher's similarity, θ the student's angle: AdapACSE, after the authors' code. Written
+    cos θ cos d + sin θ sin d, d being what is subtracted: arccos has no gradient at 1.
     """
     nearer = angular_margin * (1 - similarity).abs()              # (B, B), radians
     own = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
@@ -120,10 +115,7 @@ def nearer_negatives(cosines: Tensor, similarity: Tensor, *, angular_margin: flo
 
 
 def by_chance(rows: Tensor, seed: int) -> float:                  # (N, D) -> ()
-    """The cosine that one random pair in a thousand exceeds, at least 0.5.
-
-    Encoders differ in how similar they find everything, so no one threshold suits all teachers.
-    """
+    """The cosine that 1 random pair in 1000 exceeds, at least 0.5: it differs between teachers."""
     generator = torch.Generator().manual_seed(seed)
     first = torch.randint(len(rows), (10_000,), generator=generator)
     away = torch.randint(1, len(rows), (10_000,), generator=generator)              # never itself

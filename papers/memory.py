@@ -1,6 +1,4 @@
-"""
-What was encoded lately? A memory of embeddings, for methods that look back over some steps.
-"""
+"""What was encoded lately? A memory of embeddings, for methods that look back over some steps."""
 
 import torch
 import torch.nn as nn
@@ -9,10 +7,7 @@ from torch import Tensor
 
 
 class Memory(nn.Module):
-    """The last M embeddings, of unit length. They are looked up, and no gradient enters them.
-
-    As a buffer they are saved with the run, so that a resumed one remembers the same.
-    """
+    """The last M embeddings, of unit length and without gradient; a buffer, so runs save them."""
 
     def __init__(self, slots: int, width: int):
         super().__init__()
@@ -25,6 +20,6 @@ class Memory(nn.Module):
 
     @torch.no_grad()
     def push(self, x: Tensor) -> None:                            # (B, D)
-        """The newest rows go in at the end, and as many of the oldest leave."""
+        """Add rows at the end, and drop as many of the oldest."""
         assert len(x) <= len(self.rows), "a batch larger than the memory would change its length"
         self.rows = torch.cat([self.rows[len(x):], F.normalize(x, dim=-1)])

@@ -1,27 +1,25 @@
 """
 PNR: learn one corpus after the other; the previous model is a teacher and gives negatives, too.
 
-Unlike SimCSE: the corpora are learned in turn, a task each. From the second task on, a frozen copy
-of the model as the task before left it teaches, and the vectors that it has for the other sentences
-of the batch are negatives as well, the "pseudo-negatives".
+Unlike SimCSE: the corpora are learned in turn, a task each. From the second on, a frozen copy of
+the model as the task before left it teaches, and its vectors of the other sentences of the batch
+are negatives as well, the "pseudo-negatives".
     __init__    the predictor, from vectors of the present model to those of the previous one
     outer_loop  the tasks, and after each how well every corpus is known
     loss        SimCSE with pseudo-negatives, and distillation with pseudo-negatives
     report      the table of what was known when, and how much of it was forgotten
 
 Cha, Cho, Moon: ICML 2024, arXiv 2306.05101, on images; nothing is published on text. The loss is
-that of their MoCo code, with the batch in place of the queue. In their SimCLR code the own vectors
-of a sentence are among its pseudo-negatives, and the second term moves z', too. Ours: the previous
-model works without dropout, so it has one view of a sentence where theirs has two; the views are
-not swapped; the predictor has LayerNorm; and all that measures forgetting.
+that of their MoCo code, with the batch in place of the queue. In their SimCLR code a sentence's own
+vectors are among its pseudo-negatives, and the gradient of the second term reaches z', too. Ours:
+the previous model works without dropout, so it has one view where theirs has two; the first view
+only is the anchor; the predictor has LayerNorm; and all that measures forgetting.
 
 Baselines: `--pseudo-weight 0` is distillation alone, `--distillation-weight 0` is SimCSE with
 pseudo-negatives. Both together are plain fine-tuning: SimCSE on each corpus in turn, bit for bit.
-
 A step costs 1.2 of SimCSE's, for one forward pass of the previous model.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -36,9 +34,9 @@ from data import Corpus
 from engine.encoders import load
 from engine.flags import Row, flag
 from engine.tables import table
-from eval_sts import Encode, StsTest, TwinTest
+from eval_sts import TwinTest
 from losses import info_nce
-from model import EncoderConfig, SentenceEncoder
+from model import SentenceEncoder
 from papers import settings
 from papers.corpus import LEAST, hold_out
 from papers.simcse import Encoded, SimCSE, frozen
@@ -46,15 +44,14 @@ from papers.simcse import Encoded, SimCSE, frozen
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    pseudo_weight: float = flag(1.0, "pnr", "weight w of the pseudo-negatives (their code)",
-                                least=0)
+    pseudo_weight: float = flag(1.0, "pnr", "weight w of pseudo-negatives (their code)", least=0)
     distillation_weight: float = flag(1.0, "pnr", "weight λ of distillation (their code)", least=0)
 
 
 class PNR(SimCSE):
     """loss = L(z, z'; f) + λ · L(g(z), f; z'), or SimCSE as long as there is no previous model
 
-    L(a, p; o): InfoNCE of a among the positives p and, as pseudo-negatives, the o of the others.
+    L(a, p; o): InfoNCE of a among all p and, as further negatives, the o of the other sentences.
     z, z': two views now. f: what the previous model makes of the sentence. g: the predictor.
     """
     Config = Config
@@ -67,35 +64,32 @@ class PNR(SimCSE):
     in_turn = True
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
-        title = f"--corpus {' '.join(corpus.name for corpus in corpora)}"
+    def check(cls, config, corpora, shape):
         least, columns = max(config.batch_size, LEAST), ["test", *short_names(corpora)]
         if len(set(columns)) < len(columns):                      # of the report's table
-            raise ValueError(f"{title}: expected files of different names, none of them called "
+            raise ValueError("--corpus: expected files of different names, none of them called "
                              f"test, found {' '.join(columns[1:])}")
         for corpus, task in zip(corpora, tasks_of(corpora)[0]):
             if len(corpus.columns) > 1:
-                raise ValueError(f"{title}: expected sentences without labels, found "
+                raise ValueError("--corpus: expected sentences without labels, found "
                                  f"{len(corpus.columns)} columns in {corpus.name}")
             if len(task) < least:
-                raise ValueError(f"{title}: expected at least {least} sentences in {corpus.name} "
-                                 "beside its probe that no corpus before it has, found "
-                                 f"{len(task)}: use a smaller --batch-size or more text")
+                raise ValueError(f"--corpus: expected at least {least} sentences in {corpus.name} "
+                                 f"beside its probe, new to the run, found {len(task)}: use more")
         if config.dev != "none":
             raise ValueError("--method pnr keeps the last step of each task, found --dev "
                              f"{config.dev}: use --dev none")
 
-    def __init__(self, corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.previous, self.turns = None, len(settings.names_of(config.corpus))
         width = model.config.width
-        # BatchNorm, as the authors have it, would take mean and variance from the few sentences of
-        # the batch, and through them every sentence would see the others. LayerNorm sees one.
+        # Through the BatchNorm of the authors, every sentence would see the others of the batch.
         with torch.random.fork_rng(devices=[]):                   # the head is drawn as in SimCSE
             self.predictor = nn.Sequential(nn.Linear(width, 4 * width), nn.LayerNorm(4 * width),
                                            nn.ReLU(), nn.Linear(4 * width, width))
 
-    def outer_loop(self, job, train_turn: Callable, *, first: int) -> Iterator[dict]:
+    def outer_loop(self, job, train_on: Callable, *, first: int) -> Iterator[dict]:
         """The tasks from number `first` on. Each starts with all that the one before left."""
         config, (tasks, probes) = self.config, tasks_of(job.inputs.corpora)
         # As many steps for all, or a large corpus would count for more than a small one.
@@ -104,10 +98,10 @@ class PNR(SimCSE):
             if number > 1:
                 self.remember(job.model)
             self.corpus = tasks[number - 1]
-            loss = train_turn(range(len(self.corpus)), number=number - 1, steps=steps,
-                              learning_rate=config.learning_rate)
-            yield {"loss": loss, **self.logs(),                   # the terms of the last step
-                   "scores": scores_of(job.encode, probes, job.inputs.test)}
+            loss = train_on(range(len(self.corpus)), number=number - 1, steps=steps,
+                            learning_rate=config.learning_rate)
+            # The terms are those of the last step.
+            yield {"loss": loss, **self.logs(), "scores": scores_of(job, probes)}
 
     def remember(self, model: SentenceEncoder) -> None:
         """Freeze a copy of the model, head included: the loss compares what comes out of it."""
@@ -134,13 +128,10 @@ class PNR(SimCSE):
 
     def report(self, job, rows: list[dict]) -> tuple[str, dict]:
         """What was known of every corpus before and after each task."""
-        _, probes = tasks_of(job.inputs.corpora)
-        given = load(job.inputs.folder, pooling=job.config.pooling).to(job.inputs.device)
-        matrix = {"before": scores_of(replace(job, model=given).encode, probes, job.inputs.test)}
-        for task, row in zip(probes, rows):
-            # JSON has no NaN, so metrics.jsonl says null where a score could not be computed.
-            matrix[f"after {task}"] = {name: math.nan if score is None else score
-                                       for name, score in row["scores"].items()}
+        inputs, (_, probes) = job.inputs, tasks_of(job.inputs.corpora)
+        given = load(inputs.folder, pooling=job.config.pooling).to(inputs.device)
+        matrix = {"before": scores_of(replace(job, model=given), probes),
+                  **{f"after {task}": row["scores"] for task, row in zip(probes, rows)}}
         average, lost = what_is_left([[matrix[f"after {task}"][name] for name in probes]
                                       for task in probes])
         return ("A step above is a corpus. A column of a corpus: 100 x MRR of finding the second "
@@ -155,9 +146,6 @@ def pseudo_negative_nce(anchor: Tensor, positive: Tensor, others: Tensor, *,
 
         loss = mean_i  -log  exp(s(a_i, p_i)) / (Σ_j exp(s(a_i, p_j)) + w Σ_{j≠i} exp(s(a_i, o_j)))
         s(a, b) = cos(a, b) / τ
-
-    To learn, `others` are of the previous model. To remember, it has the positives, and `others`
-    are of the present one.
     """
     own = torch.eye(len(anchor), dtype=anchor.dtype, device=anchor.device)
     weight = torch.cat([torch.ones_like(own), pseudo_weight * (1 - own)], dim=1)    # (B, 2B)
@@ -186,25 +174,23 @@ def short_names(corpora: Sequence[Corpus]) -> list[str]:
 
 def halves(texts: Sequence[str]) -> TwinTest:
     """Find the second half of a sentence by its first: a measure for any text without labels."""
-    middle = {text: (len(text.split()) + 1) // 2 for text in texts}
+    middle = {text: (len(text.split()) + 1) // 2 for text in texts}       # equal ones count once
     return TwinTest([(text, " ".join(text.split()[:cut]), " ".join(text.split()[cut:]))
                      for text, cut in middle.items()])
 
 
-def scores_of(encode: Encode, probes: dict[str, TwinTest], test: StsTest | TwinTest
-              ) -> dict[str, float]:
-    """100 x MRR of each corpus's probe; of the run's test that too, or its average."""
-    scores = {name: probe.score(encode).scores["mrr"] for name, probe in probes.items()}
-    found = test.score(encode).scores
-    return scores | {"test": found.get("mrr", found["avg"])}
+def scores_of(job, probes: dict[str, TwinTest]) -> dict[str, float]:
+    """100 x MRR of each probe, and the MRR or else the average of the run's test."""
+    scores = {name: probe.score(job.encode).scores["mrr"] for name, probe in probes.items()}
+    test = job.inputs.test.score(job.encode).scores
+    return scores | {"test": test.get("mrr", test["avg"])}
 
 
 def what_is_left(matrix: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Average and forgetting after T tasks; matrix[k][d] is the score on corpus d after task k.
 
-    Forgetting is the mean over d < T of the best score before the last task less the last one:
-    below 0 nothing was lost.
+        forgetting = mean_{d < T}  max_{d <= k < T} matrix[k][d] - matrix[T][d]
     """
     *before, last = matrix
-    return mean(last), mean(max(row[d] for row in before[d:]) - last[d]
-                            for d in range(len(before)))
+    lost = [max(row[d] for row in before[d:]) - last[d] for d in range(len(before))]
+    return mean(last), mean(lost)

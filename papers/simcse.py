@@ -4,20 +4,18 @@ SimCSE: a sentence must recognise itself, encoded twice, among the other sentenc
     views     every sentence twice; or the pairs and hard negatives of the corpus
     loss      InfoNCE of the anchors among all other columns, perhaps with a masked-LM term
 
-Unlike what came before: no change to the text is needed, as dropout alone makes two views of a
-sentence differ. All other pages of this folder say what they change of this one.
-
+Unlike what came before: dropout alone makes two views of a sentence differ, so no text is changed.
 Gao, Yao, Chen: EMNLP 2021, arXiv 2104.08821. Eq. 4 without labels, eq. 5 with them, eq. 8 with a
 weight on the own hard negative. Defaults: tables A.1, D.1 and their scripts.
 
-Words, on all pages:
+Every other page of this folder says what it changes of this one. Words, on all pages:
 
     row         a sentence of the corpus, or a pair or triple, by its number
     view        one of the texts that stand for a row: the sentence, a changed one, its partner
     column      one view of all rows of a batch: the first are anchors, the second positives
     anchor      the view that asks; its positive is the answer, its negatives all other candidates
     candidate   an embedding that an anchor is compared with
-    hard negative    a close one that differs; false negative: one that means the same after all
+    hard negative    similar, but of another meaning; false negative: of the same one after all
     weight      how much a candidate counts, or a term of the loss
     temperature what cosines are divided by: the lower, the more the closest candidates count
     head        what stands between pooling and loss while training; projection head elsewhere
@@ -52,6 +50,8 @@ from papers import settings
 from papers.focal import LOSSES
 from papers.views import POSITIVES
 
+SOURCE = "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821"
+
 
 @dataclass(frozen=True)
 class Config(settings.Config):
@@ -64,14 +64,14 @@ class Config(settings.Config):
 class Encoded:
     """What the encoder made of one batch, in float32, the training head applied."""
     columns: list[Tensor]             # V x (B, D): anchor, positive, and hard negatives if any
-    step: int                         # 1 is the first
+    step: int                         # from 1 to `steps`
     steps: int                        # of the whole run
     rows: Tensor | None = None        # (B,) row numbers in the corpus
     ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
     mask: Tensor | None = None        # (V·B, T)
-    hidden: list[Tensor] | None = None   # `layers_read` x (V·B, T, D); of the last maybe T = 1
-    bf16: bool = False                # a method's own networks compute like the encoder
-    pieces: Pieces = Pieces()         # and in the same pieces
+    hidden: list[Tensor] | None = None   # `layers_read` x (V·B, T, D); the last may have T = 1
+    bf16: bool = False                # the encoder's precision, and that of a method's networks
+    pieces: Pieces = Pieces()         # the encoder's pieces, and those of a method's networks
 
     @property
     def anchor(self) -> Tensor:                                   # (B, D)
@@ -85,29 +85,18 @@ class Encoded:
 class SimCSE(nn.Module):
     """Two dropout views of a sentence; or the pairs and hard negatives of the corpus, if any.
 
-    The life of a method, as mincse.py calls it:
-
-        __init__(corpus, config, model)   before the head is drawn; submodules are trained, buffers
-                                          and submodules are saved; what `frozen` wraps is neither
-        prepare(encode)                   once, before step 1
-        refresh(encode, rows)             before each round but the first
-        views(rows, rng)                  at each step, in a thread that works ahead
-        loss(out)                         at each step, the encoder with dropout and head
-        logs()                            when a line of metrics.jsonl is due
-
-    `encode` is always the same function, N sentences -> (N, D), without dropout and head.
+    mincse.py calls prepare, refresh, views, loss and logs, in this order. Submodules are trained
+    and saved, buffers are saved, and what `frozen` wraps is neither. `encode` maps N sentences to
+    (N, D), without dropout, and without the head unless it is kept.
     """
     Config = Config
     rows = [
-        Row("--method simcse", "two dropout masks make two views of one sentence",
-            "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821",
+        Row("--method simcse", "two dropout masks make two views of one sentence", SOURCE,
             "BERT-base 76.25, -large 78.41; RoBERTa-base 76.57, -large 78.90"),
         Row("--method simcse --corpus nli", "entailed is positive, contradicted a hard negative",
-            "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821",
-            "BERT-base 81.57, -large 82.21; RoBERTa-base 82.52, -large 83.76"),
+            SOURCE, "BERT-base 81.57, -large 82.21; RoBERTa-base 82.52, -large 83.76"),
         Row("--mlm-weight 0.1", "keep predicting masked words, for the sake of transfer tasks",
-            "Gao, Yao, Chen: SimCSE. EMNLP 2021, arXiv 2104.08821",
-            "none on STS: meant for transfer, costs 0.5 on STS-B dev (Table D.2)")]
+            SOURCE, "none on STS: meant for transfer, costs 0.5 on STS-B dev (Table D.2)")]
     recipes = {                                                   # Table A.1; small is ours
         "bert-base": dict(batch_size=64, learning_rate=3e-5),
         "bert-large": dict(batch_size=64, learning_rate=1e-5),
@@ -116,14 +105,15 @@ class SimCSE(nn.Module):
         "small": dict(batch_size=64, learning_rate=1e-5),         # measured here, on STS-B dev
         "base, supervised": dict(batch_size=512, learning_rate=5e-5, epochs=3),
         "large, supervised": dict(batch_size=512, learning_rate=1e-5, epochs=3),
-        "small, supervised": dict(batch_size=128, learning_rate=3e-4, epochs=3),   # rate as above
+        "small, supervised": dict(batch_size=128, learning_rate=3e-4, epochs=3),   # measured, too
     }
     columns_taken = (1, 2, 3)         # of a corpus
     losses_taken = tuple(LOSSES)
     positives_taken = tuple(POSITIVES)
-    hard_negatives = False            # does it bring its own, whatever the corpus has?
-    in_turn = False                   # does it learn several corpora, one after the other?
-    toy = {}                          # settings for fifty rows and two layers, where tests walk all
+    hard_negatives = False            # does the paper make hard negatives itself?
+    in_turn = False                   # are several corpora learned, one after the other?
+    needs = {"mlm_rate": "mlm_weight"}   # a setting -> the one without which it has no effect
+    toy = {}                          # settings for tests: fifty rows, two layers
     layers_read = 1                   # how many hidden layers `loss` gets, from the last one down
     head = Head                       # between pooling and loss while training
     turns = 0                         # of a loop around `train`, where a paper trains several times
@@ -133,47 +123,49 @@ class SimCSE(nn.Module):
         """Refuse in a sentence what makes no sense for this paper, corpus and encoder."""
 
     def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+        """Set up what the loss needs, before the training head is drawn."""
         super().__init__()
         self.corpus, self.config, self.terms = corpus, config, {}
         self.view = bind(POSITIVES[config.positives], config)
         self.loss_of = bind(LOSSES[config.loss], config)
-        if getattr(config, "mlm_weight", 0):
+        self.mlm_weight = getattr(config, "mlm_weight", 0)        # other pages have no such term
+        if self.mlm_weight:
             folder = encoder_folder(config.encoder)
             self.lm_head, self.tokenizer = load_masked_lm(folder, model), Tokenizer.read(folder)
-            self.encode_tokens = model.encoder.forward            # a function is no part of this
+            self.encode_tokens = model.encoder.forward            # a function is no submodule
 
     def prepare(self, encode: Callable) -> None:
         """Look at the whole corpus with the present encoder, once before the first step."""
 
     def rounds(self, steps: int) -> list[tuple[int, Sequence[int]]]:
-        """How many steps train on which rows, round after round. Usual: all on all."""
+        """Pairs of steps and the rows that they train on: by default one round on all rows."""
         return [(steps, range(len(self.corpus)))]
 
     def refresh(self, encode: Callable, rows: Sequence[int]) -> None:
-        """Look at the rows of a round, before it begins, with the encoder as it is by then."""
+        """Look at the rows of a round with the present encoder, before each round but the first."""
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
-        """The texts of these rows: one list of B per column."""
+        """The texts of a batch, one list of B per column. A thread calls this ahead of the step."""
         columns = [[column[row] for row in rows] for column in self.corpus.columns]
         if len(columns) == 1:
             columns.append([self.view(text, rng) for text in columns[0]])
         return columns
 
     def contrast(self, out: Encoded) -> Tensor:                   # -> ()
-        """InfoNCE, or what `--loss` names, of the anchors among all other columns."""
+        """InfoNCE, or the loss that --loss names, of the anchors among all other columns."""
         alpha, weight = self.config.hard_negative_weight, None
         if len(out.columns) == 3 and alpha != 1:
             weight = own_hard_negative(len(out.anchor), alpha).to(out.anchor.device)
         return self.loss_of(out.anchor, torch.cat(out.columns[1:]), weight=weight)
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
-        """loss = contrast + λ · masked-LM loss, the latter only where it is asked for."""
+        """loss = contrast + λ · masked-LM loss, of a batch encoded with dropout and head."""
         contrast = self.contrast(out)
-        if not self.config.mlm_weight:
+        if not self.mlm_weight:
             return contrast
         masked_lm = self.masked_lm_loss(out)
         self.terms = {"contrastive_loss": contrast.detach(), "masked_lm_loss": masked_lm.detach()}
-        return contrast + self.config.mlm_weight * masked_lm
+        return contrast + self.mlm_weight * masked_lm
 
     def masked_lm_loss(self, out: Encoded) -> Tensor:             # -> ()
         """Cross-entropy of the masked tokens, in a second forward pass (SimCSE, section 2)."""
@@ -191,7 +183,7 @@ class SimCSE(nn.Module):
         return wrong.sum() / (labels != -100).sum().clamp(min=1)  # none masked: 0, not NaN
 
     def logs(self) -> dict[str, float]:
-        """Numbers worth a place in metrics.jsonl: the terms that `loss` left."""
+        """The terms of the last loss, for a line of metrics.jsonl."""
         return {name: value.item() for name, value in self.terms.items()}
 
 
@@ -208,8 +200,8 @@ def measures(out: Encoded) -> dict[str, float]:
             "lowest_positive_cosine": own.min().item(), "negative_cosine": others.item()}
 
 
-def bind(variant: Callable, config) -> Callable:
-    """Fix those parameters of a variant that the configuration has a value for, by name."""
+def bind(variant: Callable, config: Config) -> Callable:
+    """A view or loss with those of its parameters fixed that the configuration names."""
     names = inspect.signature(variant).parameters
     return partial(variant, **{k: v for k, v in asdict(config).items() if k in names})
 
@@ -221,10 +213,7 @@ def own_hard_negative(batch: int, alpha: float) -> Tensor:        # -> (B, 2B)
 
 
 def frozen(network: nn.Module) -> Callable:
-    """The network as a function, without dropout and gradient: neither trained nor saved.
-
-    A function is no part of the module that keeps it, so no state holds its weights twice.
-    """
+    """The network as a function, without dropout and gradient: neither trained nor saved."""
     network.eval().requires_grad_(False)
 
     @torch.no_grad()

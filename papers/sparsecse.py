@@ -9,20 +9,19 @@ Unlike SimCSE: nothing is trained. A trained encoder is measured, cut, and score
     remove    all weights of a head or neuron become 0
     sweep     every criterion at every sparsity, beside the whole encoder
 
-In the style of An, Zhang, Song: arXiv 2311.03881. Their abstract has that these two measures decide
-and that the smallest contributions go; their code was not found. Gates, score and ranking follow
-the code of StarK (Yang, Zhang, Song: EMNLP 2022, arXiv 2210.03923), taken to be by the same group;
-it slices what is left, its layers a multiple of 8 neurons wide. Ours: two dropout passes as the
-pairs of alignment, and all criteria but `contribution`.
+In the style of An, Zhang, Song: arXiv 2311.03881. Their abstract has the two measures, and that the
+smallest contributions go; their code was not found. Gates, score and ranking follow the code of
+StarK (Yang, Zhang, Song: EMNLP 2022, arXiv 2210.03923), taken to be by the same group; it shrinks
+the matrices, where we fill in zeros. Ours: two dropout passes as the pairs of alignment, and all
+criteria but `contribution`.
 
-Measuring 10,000 sentences costs 1.5 % of an epoch of SimCSE on wiki1m. A pruned encoder is no
-faster, as its matrices keep their size, but it loads wherever a run does. It can be trained, too:
-weights of 0 on both sides of a head or neuron have no gradient, so it stays removed.
-
-    python mincse.py --encoder runs/simcse-pruned/contribution-50 --steps 100 --learning-rate 1e-6
+Measuring 10,000 sentences costs 1.5 % of an epoch of SimCSE on wiki1m. A pruned encoder loads
+wherever a run does; it is no faster, as its matrices keep their size. What is removed stays so when
+the encoder is trained on, as zeros on both sides of a head or neuron have no gradient.
 """
 
 import argparse
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +29,8 @@ from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from itertools import product
-from math import floor
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +41,6 @@ from engine.encoders import save
 from engine.files import write_json, write_text
 from engine.flags import Row, command, count, exits, pick_device, program
 from engine.hub import encoder_folder
-from engine.results import deviation
 from engine.tables import table
 from eval_sts import Encode, Result, open_encoder, read_test, spearman
 from losses import alignment, uniformity
@@ -70,17 +67,14 @@ def matrices(encoder: Encoder, kind: str) -> list[tuple[nn.Linear, list[nn.Linea
 
 
 def ones(encoder: Encoder) -> Units:
-    """A gate for each unit. Embeddings, norms and a head on top have none and always stay."""
+    """A gate of 1 for each unit; embeddings, norms and a head on top have none, so they stay."""
     shape, new = encoder.config, encoder.words.weight.new_ones
     return {"heads": new(shape.layers, shape.heads), "neurons": new(shape.layers, shape.inner)}
 
 
 @contextmanager
 def gated(encoder: Encoder, gates: Units) -> Iterator[None]:
-    """Multiply every unit by its gate before the next matrix reads it.
-
-    A head is read after softmax(q kᵀ) v, a neuron after its activation.
-    """
+    """Multiply every unit by its gate before the next matrix reads it."""
     def hold(gate: Tensor, module: nn.Linear, inputs: tuple[Tensor]) -> tuple[Tensor]:
         x, = inputs                                               # (R, H · D/H) or (R, F)
         return (x * gate.repeat_interleave(x.shape[-1] // len(gate)),)
@@ -100,13 +94,9 @@ def gradients(losses: Sequence[Tensor], gates: Units) -> Units:   # -> (2, L, H)
 
 def measure(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str], *,
             batch_size: int = 64, max_tokens: int = 32) -> Units:
-    """Slopes of alignment and uniformity, by batch: (batches, 2, L, H), (batches, 2, L, F).
-
-    Alignment is that of two passes with dropout, uniformity that of one without. No weight changes.
-    """
+    """Slopes of alignment and uniformity, by batch: (batches, 2, L, H), (batches, 2, L, F)."""
     if not model.config.dropout + model.config.attention_dropout:
-        raise ValueError("expected an encoder with dropout in its config.json, found a rate of 0: "
-                         "two passes would agree, and alignment would have no slope")
+        raise ValueError("expected an encoder with dropout in its config.json, found a rate of 0")
     gates = {kind: gate.requires_grad_() for kind, gate in ones(model.encoder).items()}
     device, found = gates["heads"].device, []
     with gated(model.encoder, gates):
@@ -115,26 +105,21 @@ def measure(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str
             batch = sentences[number * batch_size :][:batch_size]
             ids, mask = (x.to(device) for x in tokenizer(batch, max_tokens=max_tokens))
             model.train()
-            aligned = alignment(model(ids, mask), model(ids, mask))
+            aligned = alignment(model(ids, mask), model(ids, mask))   # two dropout masks
             model.eval()
             found.append(gradients([aligned, uniformity(model(ids, mask))], gates))
     return {kind: torch.stack([slopes[kind].cpu() for slopes in found]) for kind in gates}
 
 
 def blend(both: Units, *, weight: float = 0.5) -> Units:          # (2, L, ...)s -> (L, ...)s
-    """λ A + (1 - λ) U of alignment's and uniformity's numbers; λ is that of StarK's script.
-
-    A and U are given length 1 in every layer, or the last layers would decide all.
-    """
+    """λ A + (1 - λ) U of the numbers A of alignment and U of uniformity; λ as in StarK's script."""
+    # Both get length 1 in every layer, or the last layers would decide all.
     unit = {kind: x / (x.norm(dim=-1, keepdim=True) + 1e-7) for kind, x in both.items()}
     return {kind: weight * a + (1 - weight) * u for kind, (a, u) in unit.items()}
 
 
 def contribution(slopes: Units) -> Units:                         # (..., 2, L, H) -> (L, H)
-    """The criterion of SparseCSE: the size of the slopes, so much harm ranks high, too.
-
-    As in StarK's code, the size is that of a batch's slope, so it depends on the batch size.
-    """
+    """The criterion of SparseCSE: absolute slopes, so that a unit that hurts ranks high, too."""
     return blend({kind: x.abs().sum(dim=0) for kind, x in slopes.items()})
 
 
@@ -144,11 +129,11 @@ def signed(slopes: Units) -> Units:
 
 
 def at_random(slopes: Units) -> Units:
-    """The control: whatever a criterion knows must beat this."""
+    """The control, which knows nothing."""
     return {kind: torch.rand(x.shape[-2:]) for kind, x in slopes.items()}
 
 
-# What gives every unit a number; the units with the lowest numbers go first.
+# A criterion gives every unit a number; the units with the lowest numbers go first.
 CRITERIA = {"contribution": contribution, "signed": signed, "random": at_random}
 
 
@@ -160,29 +145,22 @@ def agreement(slopes: Units) -> str:
 
 
 def masks(importance: Units, sparsity: float) -> Units:
-    """1 where a unit stays, 0 for the lowest `sparsity` percent of all layers in one ranking.
-
-    Heads and neurons are ranked apart. A higher sparsity removes the same units and more.
-    """
+    """Gates of 0 for the lowest `sparsity` percent of heads and of neurons, over all layers."""
     kept = {}
     for kind, x in importance.items():
-        lowest = x.cpu().flatten().argsort(stable=True)[: floor(sparsity / 100 * x.numel() + 0.5)]
+        lowest = x.cpu().flatten().argsort(stable=True)[: int(sparsity / 100 * x.numel() + 0.5)]
         kept[kind] = torch.ones(x.numel()).index_fill(0, lowest, 0).view(x.shape)
     return kept
 
 
 @torch.no_grad()
 def remove(model: SentenceEncoder, kept: Units) -> SentenceEncoder:
-    """A copy without the units of gate 0: all weights that make or read them are 0, too.
-
-    The bias of what reads them stays, as it belongs to the whole layer.
-    """
+    """A copy without the units of gate 0: all weights that make or read them are 0, too."""
     model = deepcopy(model)
     for kind, layers in kept.items():
         for (reader, makers), keep in zip(matrices(model.encoder, kind), layers):
-            gone = (keep == 0).repeat_interleave(reader.in_features // len(keep))
-            gone = gone.to(reader.weight.device)
-            reader.weight[:, gone] = 0
+            gone = (keep.to(reader.weight) == 0).repeat_interleave(reader.in_features // len(keep))
+            reader.weight[:, gone] = 0                            # its bias is of the whole layer
             for maker in makers:
                 maker.weight[gone], maker.bias[gone] = 0, 0
     return model
@@ -190,11 +168,7 @@ def remove(model: SentenceEncoder, kept: Units) -> SentenceEncoder:
 
 def sweep(args: argparse.Namespace, model: SentenceEncoder, tokenizer: Callable,
           score: Callable[[Encode], Result], slopes: Units) -> Iterator[tuple[str, dict]]:
-    """A title and scores for the whole encoder, then for each criterion and sparsity.
-
-    What a criterion leaves is saved under the title. Of the control nothing is saved: its scores
-    are means over all draws, and `spread` is the standard deviation of their averages.
-    """
+    """A title and mean scores for the whole encoder, then for each criterion and sparsity."""
     cases = product(args.criteria, sorted({*args.sparsity} - {0}))
     for criterion, sparsity in tqdm([("dense", 0), *cases], disable=None, desc="prune"):
         title, draws = f"{criterion}-{sparsity:g}", []
@@ -208,7 +182,7 @@ def sweep(args: argparse.Namespace, model: SentenceEncoder, tokenizer: Callable,
         if criterion not in ("dense", "random"):
             save(left, args.out / title)
         yield title, {**{name: fmean(row[name] for row in draws) for name in draws[0]},
-                      "spread": deviation([row["average"] for row in draws])}
+                      "spread": stdev(row["average"] for row in draws) if draws[1:] else math.nan}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

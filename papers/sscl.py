@@ -3,13 +3,11 @@ SSCL: what the last layer says of a sentence must differ from what the layers be
 
 Unlike SimCSE: the sentence vectors of the layers below the last one are negatives, too. This is
 meant against over-smoothing: a sentence's vectors from deep layers are nearly equal to each other.
-
     loss    InfoNCE among the positives, and InfoNCE among them and M layers below, half each
 
 Chen, Shou, Pei, Gong, Cao, Chang, Li, Jiang: ACL 2023, arXiv 2305.06154. As in the authors' code,
-an anchor has the layers of all sentences of the batch as negatives, its own among them, in both
-views; the paper counts one view, and has the second term only (w = 1). Their script trains mean
-pooling, `--pooling mean` here. The layers come from the same forward pass: a step costs 1.02 of
+the negatives are lower layers of both views of every sentence, the anchor's own too; the paper uses
+one view, and the second term only (w = 1). Their script sets --pooling mean. A step costs 1.02 of
 SimCSE's in the built-in encoder.
 """
 
@@ -19,9 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import Corpus
 from engine.flags import Row, flag
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.simcse import Encoded, SimCSE
 
@@ -42,24 +38,22 @@ class SSCL(SimCSE):
     rows = [Row("--method sscl", "lower layers as negatives, against over-smoothing",
                 "Chen, Shou, Pei, Gong, Cao, Chang, Li, Jiang: SSCL. ACL 2023, arXiv 2305.06154",
                 "BERT-base 77.90, -large 79.69 (the means of its own rows: 77.75, 79.59)")]
-    recipes = {                                                   # ours: the paper trains BERT only
-        "roberta-base": dict(batch_size=64),
-        "roberta-large": dict(batch_size=64, learning_rate=1e-5),
-    }
+    recipes = {"roberta-base": dict(batch_size=64),               # ours: the paper trains BERT only
+               "roberta-large": dict(batch_size=64, learning_rate=1e-5)}
     columns_taken = (1, 2)
+    needs = {"layer_weight": "layers_as_negatives"}
     toy = dict(layers_as_negatives=1)
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
+    def check(cls, config, corpora, shape) -> None:
         if config.layers_as_negatives >= shape.layers:
-            raise ValueError(f"--layers-as-negatives: expected at most {shape.layers - 1}, since "
-                             f"{config.encoder} has {shape.layers} layers and the last one makes "
-                             f"the anchors, found {config.layers_as_negatives}")
+            raise ValueError(f"--layers-as-negatives: expected at most {shape.layers - 1}, those "
+                             f"below the last of {config.encoder}, found "
+                             f"{config.layers_as_negatives}")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
-        # Pooling and the training head, if any. A bound method is no submodule of this one.
-        self.embed = model.embed
+        self.embed = model.embed      # pooling and training head; a function is no submodule
         self.layers_read = 1 + config.layers_as_negatives
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
@@ -70,7 +64,6 @@ class SSCL(SimCSE):
         below = [self.embed([x.to(out.anchor.dtype)], out.mask) for x in below]   # M x (V·B, D)
         layered = self.loss_of(out.anchor, torch.cat([out.positive, *below]))
         same = F.cosine_similarity(out.anchor, below[0][: len(out.anchor)]).mean()
-        # Of an anchor and its own layer L-1: where it stays near 1, the layers are idle.
         self.terms = {"instance_loss": plain.detach(), "layer_loss": layered.detach(),
-                      "layer_cosine": same.detach()}
+                      "layer_cosine": same.detach()}              # near 1: the last layer is idle
         return (1 - weight) * plain + weight * layered

@@ -2,15 +2,15 @@
 Twins: a changed text is a positive too, but stays as far off as its meaning is.
 
 Unlike SimCSE: positives are of two kinds, and a loss keeps the gap between them.
-    prepare   the innate margin of every row: how far off a teacher finds its changed text
+    prepare   the innate margin of every row: 1 - a teacher's cosine of text and changed text
     views     the sentence, its identical twin (the same text), its fraternal twin (a changed one)
     loss      InfoNCE of both kinds, and how far the gap is from the innate margin
-Identical twins of past batches stay on as negatives, in a queue. It counts only after step 500,
-since the encoder changes too fast before: a run of 500 steps or fewer has no queue.
+Identical twins of past batches stay on as negatives in a queue, but only after step 500, since the
+encoder changes too fast before.
 
 Xiao, Li, Chen: arXiv 2307.10932 (2023), where it is called IFTCL; known to us by its abstract. In
 the style of: two kinds of positives, the margin and the queue are theirs; formulas, changes of text
-and sizes are ours. A step costs 1.5 of SimCSE; before the first, every row is encoded twice.
+and sizes are ours. A step costs 1.5 of SimCSE's; before the first, every row is encoded twice.
 """
 
 import random
@@ -23,9 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Corpus
 from engine.flags import Row, complain, flag, pick_device
-from model import EncoderConfig, SentenceEncoder
 from papers import settings
 from papers.corpus import open_teacher, rows_of_run
 from papers.memory import Memory
@@ -38,8 +36,7 @@ CHANGES = [partial(repeat_words, rate=0.32), partial(delete_words, rate=0.15),
 
 @dataclass(frozen=True)
 class Config(settings.Config):
-    teacher: str = flag("", "twins", "encoder that measures innate margins; default: the encoder "
-                        "as it starts")
+    teacher: str = flag("", "twins", "encoder that measures innate margins; default: --encoder")
     twins_weight: float = flag(1.0, "twins", "λ of the loss that keeps the gap (ours)", least=0)
     queue_batches: int = flag(2, "twins", "past batches that stay negatives, but only after step "
                               "500 (ours)", least=0)
@@ -50,30 +47,28 @@ class Twins(SimCSE):
 
         gap_i = cos(anchor_i, identical_i) - cos(anchor_i, fraternal_i)
 
-    λ grows over the first tenth of the run. The queue joins the candidates of both L. A gap
-    is one of cosines, not of logits: divided by τ it would be 20 times what it is in m.
+    λ grows over the first tenth of the run. The queue joins the candidates of both L. The gap and
+    the innate margin m are differences of cosines, not divided by the temperature.
     """
     Config = Config
     rows = [Row("--method twins --teacher ENCODER",
                 "changed texts are positives that keep their margin",
                 "Xiao, Li, Chen: Identical and Fraternal Twins. arXiv 2307.10932",
                 "none verified; the formulas are ours, after the abstract")]
-    recipes = {                                                   # ours
-        "roberta-base": dict(batch_size=128, learning_rate=1e-5),
-        "small": dict(batch_size=128, learning_rate=1e-5),
-    }
+    recipes = {"roberta-base": dict(batch_size=128, learning_rate=1e-5),            # ours, all
+               "small": dict(batch_size=128, learning_rate=1e-5)}
     columns_taken = (1,)
     queue_starts = 500                # steps
 
     @classmethod
-    def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
-        """Nothing is refused, but who waits for a queue that never counts is told so."""
+    def check(cls, config, corpora, shape) -> None:
+        """Tell the user, without refusing, that a short run has no use for its queue."""
         steps = config.steps or config.epochs * (len(corpora[0]) // config.batch_size)
         if config.queue_batches and steps <= cls.queue_starts:
             complain(f"NOTICE: --queue-batches {config.queue_batches} has no effect: the queue "
                      f"counts only after step {cls.queue_starts}, and the run has {steps}")
 
-    def __init__(self, corpus: Corpus, config: Config, *, model: SentenceEncoder):
+    def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.teacher = (open_teacher(config.teacher, corpus, device=pick_device(config.device))
                         if config.teacher else None)              # a function, so never saved
@@ -85,10 +80,9 @@ class Twins(SimCSE):
     def prepare(self, encode: Callable) -> None:
         """The innate margin of every row that the run will see."""
         if not self.teacher:
-            complain(f"the innate margins come from {self.config.encoder} as it starts; an encoder "
-                     "that was never trained on sentences finds them all near 0: use --teacher "
-                     "with one that was")
-        # Cut where training cuts: what is not seen makes no difference.
+            complain(f"the innate margins come from {self.config.encoder}; if that was never "
+                     "trained on sentences, all are near 0: use --teacher with one that was")
+        # Texts end where training cuts them: what is not seen makes no difference.
         ask = partial(self.teacher or encode, max_tokens=self.config.max_tokens)
         texts, rows = self.corpus.columns[0], rows_of_run(len(self.margins), self.config)
         for start in tqdm(range(0, len(rows), 4096), disable=None, desc="margins", unit="chunk"):
@@ -98,7 +92,7 @@ class Twins(SimCSE):
             self.margins[some] = margin.to(self.margins)
 
     def fraternal(self, row: int) -> str:
-        """The changed text of a row. It is always the same one, as its margin is."""
+        """The changed text of a row, always the same, since its margin was measured once."""
         rng = random.Random(f"{self.config.seed} twin {row}")
         change = rng.choice(CHANGES) if self.config.positives == "dropout" else self.view
         return change(self.corpus.columns[0][row], rng)

@@ -1,9 +1,8 @@
 """
 How can a text be changed and stay a positive? Text views, the menu of --positives.
 
-A view takes a sentence and a random source, and returns a sentence that is never empty. `rate` is
-the share of words that it changes. The first, `keep`, changes nothing and is the best known
-(SimCSE, Table 1).
+A view takes a sentence and a random source, and returns a sentence that is never empty; `rate` is
+the share of words that it changes.
 """
 
 import math
@@ -11,12 +10,12 @@ import random
 
 
 def keep(sentence: str, rng: random.Random) -> str:
-    """The sentence itself: dropout in the encoder alone makes the two views differ."""
+    """The sentence itself: dropout makes two encodings differ, the best of SimCSE's Table 1."""
     return sentence
 
 
 def crop(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str:
-    """A run of neighbouring words: `rate` of all are cut off at the ends (SimCSE, Table 1)."""
+    """A run of neighbouring words: a share `rate` is cut off at the ends (SimCSE, Table 1)."""
     words = sentence.split()
     length = math.ceil(len(words) * (1 - rate))
     start = rng.randint(0, len(words) - length)
@@ -30,7 +29,7 @@ def delete_words(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str
 
 
 def repeat_words(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str:
-    """Some words are said twice in place: at most a share `rate`, or two where that is less."""
+    """Some words stand twice in a row: at most a share `rate`, or two where that is less."""
     words = sentence.split()
     most = min(max(2, int(rate * len(words))), len(words))
     twice = set(rng.sample(range(len(words)), rng.randint(0, most)))
@@ -38,7 +37,7 @@ def repeat_words(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str
 
 
 def swap_words(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str:
-    """A word changes places with the next one with probability `rate`; none moves twice."""
+    """Each word changes places with the next with probability `rate`; none moves twice."""
     words, i = sentence.split(), 0
     while i < len(words) - 1:
         swap = rng.random() < rate
@@ -51,19 +50,17 @@ def swap_words(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str:
 def switch_case(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str:
     """Each word's first letter changes its case with probability `rate` (CARDS, their v2).
 
-    "a dog barks" -> "a Dog barks": the meaning stays, but a cased tokenizer cuts "Dog" into other
-    tokens than "dog". An uncased one undoes the change, and this is then the same as `keep`.
+    A cased tokenizer cuts "Dog" into other tokens than "dog"; an uncased one undoes the change.
     """
     words = between_spaces(sentence)
     return " ".join(flip(word) if rng.random() < rate else word for word in words)
 
 
 def switch_case_quota(sentence: str, rng: random.Random, *, rate: float = 0.1) -> str:
-    """As `switch_case`, in a share `rate` of the words, one at least (CARDS, their v1)."""
+    """A share `rate` of the words, one at least, change as by `switch_case` (CARDS, their v1)."""
     words = between_spaces(sentence)
-    quota = max(1, round(rate * len(words)))
     letters = [i for i in rng.sample(range(len(words)), len(words)) if words[i][0].isalpha()]
-    chosen = set(letters[:quota])
+    chosen = set(letters[: max(1, round(rate * len(words)))])
     return " ".join(flip(word) if i in chosen else word for i, word in enumerate(words))
 
 
@@ -73,8 +70,7 @@ def between_spaces(sentence: str) -> list[str]:
 
 
 def flip(word: str) -> str:
-    """The other case for the first letter: "when" -> "When". "12th" stays; so does "ß", whose
-    capital would be two letters."""
+    """The word, its first letter in the other case if that is one letter: "12th", "ß" stay."""
     first = word[0].upper() if word[0].islower() else word[0].lower()
     return first + word[1:] if word[0].isalpha() and len(first) == 1 else word
 

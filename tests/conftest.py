@@ -7,10 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")       # toys are slower on two; read as torch starts
+
+import pytest                                                     # noqa: E402
+import torch                                                      # noqa: E402
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -26,6 +28,21 @@ def make_tiny(folder: Path) -> Path:
     files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     save(SentenceEncoder(Encoder(read_config(folder)), pooling="cls", files=files), folder)
     return folder
+
+
+def at(*degrees):
+    """Unit vectors at these angles: (B, 2)."""
+    turns = torch.tensor(degrees, dtype=torch.double).deg2rad()
+    return torch.stack([turns.cos(), turns.sin()], dim=1)
+
+
+def resolved(method="simcse", model_type="bert", width=768, columns=1, **given):
+    """The settings that a paper trains an encoder of this kind with."""
+    from model import EncoderConfig
+    from papers import METHODS
+    from papers.settings import resolve
+    shape = EncoderConfig(model_type, 100, width, 12, 12, 4 * width)
+    return resolve(METHODS[method], given | {"method": method}, shape, columns=columns)
 
 
 @pytest.fixture(scope="session")
@@ -85,7 +102,7 @@ def sentences(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpora(tmp_path_factory) -> dict:
-    """48 rows of one, two and three columns, the sentences in documents of six; and 48 later ones."""
+    """48 rows of 1, 2 and 3 columns, the sentences in documents of six; and 48 sentences more."""
     folder = tmp_path_factory.mktemp("corpora")
     who, does = ["dog", "cat", "owl", "elk", "bee", "cow", "ant", "fox"], [
         "runs home by night", "sees us and him", "eats bread with milk", "reads two books here",

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import papers
+from conftest import at, resolved
 from data import Corpus, Tokenizer
 from engine.flags import check_ranges
 from losses import cosine, info_nce
@@ -17,7 +18,6 @@ from model import Encoder, EncoderConfig, SentenceEncoder
 from papers import cards
 from papers.cards import CARDS, Config, candidate_weight
 from papers.corpus import index
-from papers.settings import resolve
 from papers.simcse import Encoded
 from papers.views import switch_case
 
@@ -108,8 +108,7 @@ def test_a_cased_tokenizer_sees_the_switch_and_an_uncased_one_does_not(tiny):
 
 # ---- the weight of a candidate --------------------------------------------------------------
 
-ANGLES = torch.tensor([0, 90, 10, 80, 30, 45]).double().deg2rad()
-ANCHORS, POSITIVE, RETRIEVED = torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1).split(2)
+ANCHORS, POSITIVE, RETRIEVED = at(0, 90, 10, 80, 30, 45).split(2)
 OTHERS = candidate_weight(torch.tensor([[7], [9]]), torch.tensor([[4], [5]]))
 COLLIDING = candidate_weight(torch.tensor([[7], [9]]), torch.tensor([[4], [7]]))   # 1 is anchor 0
 
@@ -144,25 +143,18 @@ def test_more_negatives_never_lower_the_loss_and_a_weight_of_zero_undoes_them():
     torch.manual_seed(0)
     a, p, n = (torch.randn(5, 3).double() for _ in range(3))
     ids = torch.arange(10)[:, None]
-    plain, both = info_nce(a, p), info_nce(a, torch.cat([p, n]), weight=candidate_weight(
-        ids[:5], ids[5:]))
-    assert both > plain
+    plain, weight = info_nce(a, p), candidate_weight(ids[:5], ids[5:])
+    assert info_nce(a, torch.cat([p, n]), weight=weight) > plain
     own_only = torch.cat([torch.ones(5, 5), torch.eye(5) * 1e-300], dim=1).double()
     assert info_nce(a, torch.cat([p, n]), weight=own_only).item() == pytest.approx(plain.item())
 
 
 # ---- the loss -------------------------------------------------------------------------------
 
-def encoded(V=3, B=4, D=5, ids=None):
+def encoded(V=3, B=4, D=5):
     torch.manual_seed(0)
-    ids = torch.arange(V * B)[:, None] if ids is None else ids
-    return Encoded([torch.randn(B, D).double().requires_grad_() for _ in range(V)], 1, 9, ids=ids)
-
-
-def test_every_anchor_sees_what_all_have_retrieved():
-    out = encoded(V=4)
-    assert torch.equal(method(retrieved=2).loss(out),
-                       info_nce(out.anchor, torch.cat(out.columns[1:])))
+    columns = [torch.randn(B, D).double().requires_grad_() for _ in range(V)]
+    return Encoded(columns, 1, 9, ids=torch.arange(V * B)[:, None])
 
 
 def test_without_retrieved_negatives_it_is_simcse():
@@ -171,13 +163,14 @@ def test_without_retrieved_negatives_it_is_simcse():
     assert len(built.views([0, 1], random.Random(0))) == 2 and not built.nearest.any()
 
 
-def test_a_retrieved_sentence_that_is_another_anchor_counts_for_all_others():
-    ids = torch.arange(12)[:, None]
-    ids[8 + 2] = ids[1]                                           # anchor 2 retrieved anchor 1
-    out, weight = encoded(ids=ids), torch.ones(4, 8)
+def test_every_anchor_sees_what_all_have_retrieved_but_for_itself():
+    out = encoded(V=4)
+    assert method(retrieved=2).loss(out) == info_nce(out.anchor, torch.cat(out.columns[1:]))
+    out, weight = encoded(), torch.ones(4, 8)
+    out.ids[8 + 2] = out.ids[1]                                   # anchor 2 retrieved anchor 1
     weight[1, 4 + 2] = 0
-    assert torch.equal(method().loss(out), info_nce(out.anchor, torch.cat(out.columns[1:]),
-                                                    weight=weight))
+    expected = info_nce(out.anchor, torch.cat(out.columns[1:]), weight=weight)
+    assert method().loss(out) == expected
 
 
 def test_beta_is_the_logarithm_of_the_weight_on_the_own_negatives():
@@ -215,8 +208,7 @@ def test_the_order_of_the_batch_does_not_matter():
     ("bert", 1024, ("switch-case-quota", .1, 8, 1, 64, 1e-5)),
     ("bert", 256, ("switch-case", .05, 64, 1, 64, 1e-5))])
 def test_the_defaults_are_those_of_the_authors_readme(model_type, width, expected):
-    shape = EncoderConfig(model_type, 100, width, 12, 12, 4 * width)
-    config = resolve(CARDS, {"method": "cards"}, shape, columns=1)
+    config = resolved("cards", model_type, width)
     assert (config.positives, config.rate, config.retrieve_from, config.retrieved,
             config.batch_size, config.learning_rate) == expected
     assert config.temperature == .05 and config.hard_negative_weight == 1

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,14 +9,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from conftest import resolved
 from data import Corpus
 from engine.encoders import load
 from losses import info_nce, many_positives
 from model import Encoder, EncoderConfig, SentenceEncoder
 from papers import check
-from papers.core_tuning import Config, CoreTuning, choose, harder, labels, mix
-from papers.settings import resolve
-from papers.simcse import Encoded, SimCSE
+from papers.core_tuning import Config, CoreTuning, choose, harder, mix
+from papers.simcse import Encoded
 
 SHAPE = EncoderConfig("bert", 7, 4, 1, 1, 5)                      # of width 4
 ALONE = torch.eye(8, dtype=torch.bool)                            # every row is its own group
@@ -49,7 +48,7 @@ def loss_of(method, columns, step=1):
 
 
 def given(*columns):
-    return list(zip(columns, labels(columns[0])))
+    return list(zip(columns, torch.eye(3).double()))
 
 
 # ---- the contrastive loss -------------------------------------------------------------------
@@ -77,21 +76,14 @@ def test_the_worked_example():
         assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_without_mixing_and_focus_it_is_supervised_simcse():
-    anchor, positive, hard = batch()
-    found = build(focus=0.).supervised_contrast(anchor, given(positive, hard), [], ALONE)
-    expected = info_nce(anchor, torch.cat([positive, hard]))
-    assert found.item() == pytest.approx(expected.item(), abs=1e-6)
-
-
-def test_focus_of_one_weighs_every_pair_by_what_is_missing_and_so_lowers_the_loss():
-    anchor, positive = batch(V=2)
-    p = (F.normalize(anchor, dim=1) @ F.normalize(positive, dim=1).mT / .05).softmax(dim=1)
-    p = p.diagonal()
-    found, plain = (build(2, focus=focus).supervised_contrast(anchor, given(positive), [], ALONE)
+def test_without_mixing_it_is_supervised_simcse_and_focus_weighs_pairs_by_what_is_missing():
+    anchor, *others = batch()
+    x = torch.cat(others)
+    found, plain = (build(focus=focus).supervised_contrast(anchor, given(*others), [], ALONE).item()
                     for focus in (1., 0.))
-    assert found.item() == pytest.approx((-(1 - p) * p.log()).mean().item())
-    assert found <= plain
+    p = (F.normalize(anchor, dim=1) @ F.normalize(x, dim=1).mT / .05).softmax(dim=1).diagonal()
+    assert plain == pytest.approx(info_nce(anchor, x).item(), abs=1e-6)
+    assert found == pytest.approx((-(1 - p) * p.log()).mean().item()) and found <= plain
 
 
 def test_the_slope_of_the_focal_loss():
@@ -270,8 +262,7 @@ def test_what_makes_no_sense_is_refused(settings, said):
 @pytest.mark.parametrize("model_type, width, rate", [
     ("bert", 768, 5e-5), ("roberta", 1024, 1e-5), ("bert", 256, 3e-4)])
 def test_it_trains_like_supervised_simcse_but_without_a_head_between(model_type, width, rate):
-    shape = replace(SHAPE, model_type=model_type, width=width)
-    config, usual = (resolve(method, {}, shape, columns=3) for method in (CoreTuning, SimCSE))
+    config, usual = (resolved(method, model_type, width, 3) for method in ("core-tuning", "simcse"))
     assert (config.head, config.learning_rate, config.epochs) == ("none", rate, 3)
     assert usual.head == "keep"
 

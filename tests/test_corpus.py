@@ -42,44 +42,31 @@ def test_the_probe_is_a_tenth_and_shares_no_text_with_the_rest():
 
 # ---- nearest neighbours ---------------------------------------------------------------------
 
-def test_the_index_holds_the_vectors_of_the_encoder_in_order():
-    texts, asked = [f"text {i}" for i in range(20)], []
-
+def test_the_index_holds_the_vectors_in_order_and_half_precision_and_is_used_in_single():
     def encode(some):
-        asked.append(len(some))
-        return torch.tensor([[float(text.split()[1]), 1.] for text in some])
+        assert len(some) <= 8                                     # never a million at once
+        return torch.tensor([[float(text), 1.] for text in some])
 
-    found = index(encode, texts, chunk=8)
+    found = index(encode, [*map(str, range(20))], chunk=8)
     assert found.dtype == torch.float16 and found[:, 0].tolist() == list(range(20))
-    assert max(asked) == 8                                        # never a million at once
-
-
-def test_what_was_stored_in_half_precision_is_computed_with_in_single():
-    x = some(5, 3)
-    assert unit(x.half()).dtype == torch.float32 and unit(x.double()).dtype == torch.float64
-    assert torch.allclose(unit(x.half()).norm(dim=1), torch.ones(5))
+    assert unit(found).dtype == torch.float32 and unit(found.double()).dtype == torch.float64
+    assert torch.allclose(unit(found).norm(dim=1), torch.ones(20))
 
 
 @pytest.mark.parametrize("k", [1, 8, 49])
-def test_the_nearest_others_are_those_of_the_full_table_whatever_the_chunk(k):
+def test_the_nearest_others_are_those_of_the_full_table_whatever_the_chunk_and_length(k):
     x = some(50, 5).double()
+    longer = x * torch.linspace(.1, 9, 50)[:, None]
     expected = [sorted((j for j in range(50) if j != i),
                        key=lambda j: -torch.cosine_similarity(x[i], x[j], dim=0).item())[:k]
                 for i in range(50)]
     for chunk in (1, 7, 50, 64):
-        assert nearest_others(x, k, chunk=chunk).tolist() == expected
+        assert nearest_others(longer, k, chunk=chunk).tolist() == expected
 
 
 def test_nobody_is_their_own_neighbour_even_among_equals():
-    found = nearest_others(torch.ones(6, 3), 5, chunk=4)
-    assert [sorted(row) for row in found.tolist()] == [
-        [j for j in range(6) if j != i] for i in range(6)]
-
-
-def test_the_length_of_a_vector_does_not_matter():
-    x = some(20, 4).double()
-    longer = x * torch.linspace(.1, 9, 20)[:, None]
-    assert torch.equal(nearest_others(x, 3), nearest_others(longer, 3))
+    for i, row in enumerate(nearest_others(torch.ones(6, 3), 5, chunk=4).tolist()):
+        assert sorted([i, *row]) == [*range(6)]
 
 
 # ---- clusters -------------------------------------------------------------------------------
@@ -122,17 +109,12 @@ def test_clusters_are_those_of_scipy_from_the_same_start():
     assert same.double().mean() > .98
 
 
-def test_as_many_clusters_as_rows_or_more_leave_every_row_alone():
-    x = F.normalize(some(9, 5), dim=1)
-    for k in (9, 20):
-        label, _, _ = assign(x, kmeans(x, k, seed=0))
-        assert sorted(label.tolist()) == list(range(9))
-
-
-def test_equal_rows_share_a_cluster_however_many_are_asked_for():
-    x = torch.eye(3, 4).repeat(5, 1)
-    label, _, _ = assign(x, kmeans(x, 6, seed=0))
-    assert torch.equal(label[:3].repeat(5), label) and len(set(label.tolist())) == 3
+@pytest.mark.parametrize("rows, copies, k", [(9, 1, 9), (9, 1, 20), (3, 5, 6)])
+def test_with_clusters_enough_every_row_has_its_own_and_equal_rows_share_it(rows, copies, k):
+    x = some(rows, 5).repeat(copies, 1)
+    label, _, _ = assign(x, kmeans(x, k, seed=0))
+    assert torch.equal(label[:rows].repeat(copies), label)
+    assert sorted(label[:rows].tolist()) == list(range(rows))
 
 
 def test_the_seed_decides_on_the_clusters():

@@ -49,14 +49,11 @@ def file(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz"])
 def test_a_text_file_is_one_sentence_a_line_gzipped_or_not(file, name):
-    corpus = read_corpus(str(file(name, "One owl.\n  Two owls. \nDrei Käuze.")))
+    path = file(name, "One owl.\n  Two owls. \nDrei Käuze.")
+    corpus = read_corpus(str(path))
     assert corpus.columns == [["One owl.", "Two owls.", "Drei Käuze."]]
     assert (len(corpus), corpus.documents, corpus.blank) == (3, None, 0)
-
-
-def test_the_sha256_is_that_of_the_file_on_the_disk(file):
-    path = file("a.txt.gz", "one\ntwo\n")
-    assert read_corpus(str(path)).sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert corpus.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("content", ["\ufeffone\ntwo\n", "one\r\ntwo\r\n", " one\t\n\u00a0two"])
@@ -64,26 +61,18 @@ def test_line_ends_a_byte_order_mark_and_outer_space_are_no_part_of_a_sentence(f
     assert read_corpus(str(file("a.txt", content))).columns == [["one", "two"]]
 
 
-def test_only_a_newline_ends_a_line(file):
-    lines = ["a\u2028b", "c\u0085d", "e\u000bf\u000cg", "h\ri"]         # str.splitlines makes 10
+def test_only_a_newline_ends_a_line_of_any_length(file):
+    lines = ["a\u2028b", "c\u0085d", "e\u000bf\u000cg", "h\ri", "x" * 10_000_000]
     assert read_corpus(str(file("a.txt", "\n".join(lines)))).columns == [lines]
 
 
-def test_a_blank_line_between_sentences_begins_a_new_document(file):
+def test_a_blank_line_begins_a_new_document_between_sentences_only(file):
     corpus = read_corpus(str(file("a.txt", "\n\na\nb\n\n \nc\n\nd\ne\n\n")))
     assert corpus.columns == [["a", "b", "c", "d", "e"]]
     assert list(corpus.documents) == [0, 0, 1, 2, 2]
     assert corpus.blank == 6
-
-
-def test_blank_lines_at_the_ends_separate_nothing(file):
     corpus = read_corpus(str(file("a.txt", "\n\na\nb\n\n")))
     assert corpus.documents is None and corpus.blank == 3
-
-
-def test_a_line_of_ten_million_characters_is_a_sentence_like_any_other(file):
-    corpus = read_corpus(str(file("a.txt", "x" * 10_000_000 + "\ny\n")))
-    assert [len(sentence) for sentence in corpus.columns[0]] == [10_000_000, 1]
 
 
 def test_texts_read_back_by_row_by_slice_and_from_the_end():
@@ -136,12 +125,9 @@ def test_a_tsv_has_tabs_and_its_quotes_are_letters(file, name):
     assert corpus.columns == [['a "b', '"e"'], ["c, d", "f"]]
 
 
-def test_any_other_first_line_is_data(file):
+def test_any_other_first_line_is_data_and_a_row_that_lacks_a_text_is_left_out_and_counted(file):
     corpus = read_corpus(str(file("a.csv", "sentence1,sentence2\na,b\nsent0,sent1\n")))
     assert corpus.columns == [["sentence1", "a", "sent0"], ["sentence2", "b", "sent1"]]
-
-
-def test_a_row_that_lacks_a_text_is_left_out_and_counted(file):
     corpus = read_corpus(str(file("a.csv", "\na,b\n\nc, \n,\nd,e\n")))
     assert corpus.columns == [["a", "d"], ["b", "e"]] and corpus.blank == 4
 
@@ -166,13 +152,6 @@ def test_a_damaged_corpus_is_refused_with_its_place(file, name, content, message
         read_corpus(str(file(name, content)))
 
 
-def test_a_corpus_that_is_not_there_is_refused_with_the_names_there_are(tmp_path):
-    with pytest.raises(FileNotFoundError, match="wiki2m: expected a file or one of docs, wiki1m"):
-        read_corpus("wiki2m")
-    with pytest.raises(FileNotFoundError, match="found a folder there"):
-        read_corpus(str(tmp_path))
-
-
 # ---- the local data folder ------------------------------------------------------------------
 
 def test_the_data_folder_comes_before_the_environment_and_both_before_the_hub(
@@ -188,7 +167,11 @@ def test_the_data_folder_comes_before_the_environment_and_both_before_the_hub(
     assert read_corpus("nli").name == "nli"
 
 
-def test_a_data_folder_that_does_not_exist_or_lacks_the_file_is_refused(tmp_path, monkeypatch):
+def test_a_corpus_or_data_folder_that_is_not_there_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="wiki2m: expected a file or one of docs, wiki1m"):
+        read_corpus("wiki2m")
+    with pytest.raises(FileNotFoundError, match="found a folder there"):
+        read_corpus(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nowhere: --data names this folder"):
         read_corpus("wiki1m", tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="reviews.txt: not on the Hub, and not in"):
@@ -198,17 +181,13 @@ def test_a_data_folder_that_does_not_exist_or_lacks_the_file_is_refused(tmp_path
         read_corpus("wiki1m")
 
 
-def test_two_files_that_could_be_meant_are_not_guessed_between(tmp_path):
+def test_a_local_folder_needs_no_hub_and_two_files_are_not_guessed_between(tmp_path):
     (tmp_path / "nli").mkdir()
     for name in ("snli.csv", "mnli.csv"):
         (tmp_path / "nli" / name).write_text("a,b\nc,d\n")
     with pytest.raises(ValueError, match="expected one file, found 2: .*--corpus"):
         data_file(data.CORPORA["nli"], tmp_path)
-
-
-def test_mini_and_ones_own_folder_are_encoders_without_the_hub(tmp_path):
-    assert encoder_folder("mini") == ROOT / "mini"
-    assert encoder_folder(str(tmp_path)) == tmp_path
+    assert (encoder_folder("mini"), encoder_folder(str(tmp_path))) == (ROOT / "mini", tmp_path)
 
 
 @pytest.mark.parametrize("name, rows, columns, documents", [
@@ -356,11 +335,8 @@ def test_texts_become_ids_padded_to_the_longest_and_a_mask_of_the_real_ones(word
     ids, mask = words(["the owl sees an elk", "owl", ""], max_tokens=32)
     assert ids.tolist() == [[2, 5, 6, 7, 8, 9, 3], [2, 6, 3, 0, 0, 0, 0], [2, 3, 0, 0, 0, 0, 0]]
     assert mask.tolist() == [[True] * n + [False] * (7 - n) for n in (7, 3, 2)]
-
-
-def test_a_limit_counts_the_special_tokens_and_keeps_them(words):
     ids, _ = words(["the owl sees an elk"], max_tokens=4)
-    assert [WORDS[i] for i in ids[0]] == ["[CLS]", "the", "owl", "[SEP]"]
+    assert [WORDS[i] for i in ids[0]] == ["[CLS]", "the", "owl", "[SEP]"]   # a limit counts them
 
 
 def test_a_tokenizer_knows_its_special_tokens_and_counts_in_full(words):
@@ -425,13 +401,10 @@ def test_labels_are_the_true_tokens_and_all_else_stays_as_it_was(masked):
     assert torch.equal(out[~chosen], ids[~chosen])
 
 
-def test_special_tokens_are_never_chosen(masked):
+def test_special_tokens_are_never_chosen_and_the_seed_decides(masked):
     ids = torch.tensor([[2, 7, 8, 3, 0, 0], [2, 4, 9, 9, 9, 3]])
     _, labels = masked(ids, rate=1.0)
     assert labels.tolist() == [[-100, 7, 8, -100, -100, -100], [-100, -100, 9, 9, 9, -100]]
-
-
-def test_masking_is_a_function_of_the_seed(masked):
     ids = torch.arange(5, 905).view(30, 30)
     assert all(torch.equal(a, b) for a, b in zip(masked(ids), masked(ids)))
     assert not torch.equal(masked(ids)[1], masked(ids, seed=1)[1])

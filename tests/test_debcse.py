@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import papers
+from conftest import resolved
 from data import Corpus, Tokenizer, read_corpus
 from engine.encoders import load
 from losses import info_nce
@@ -19,7 +20,6 @@ from papers.debcse import (VERSIONS, Config, DebCSE, debiased_pairs, draw_weight
                            inverse_propensity, negative_pool, positive_pool, propensity,
                            random_others, rare_word_neighbours, similarities, surface_bin,
                            word_numbers)
-from papers.settings import resolve
 from papers.simcse import Encoded
 
 WORDS = "the a dog cat owl elk bee cow ant fox runs sees eats reads sings sleeps".split()
@@ -59,13 +59,12 @@ def columns(V=3, B=5, D=4):
 
 
 def test_without_false_negatives_it_is_simcse_with_a_hard_negative_and_its_weight():
-    anchor, positive, negative = columns()
-    out = Encoded([anchor, positive, negative], 1, 9, torch.arange(5))
-    candidates, weight = torch.cat([positive, negative]), torch.ones(5, 10)
-    assert torch.equal(method().loss(out), info_nce(anchor, candidates))
+    out = Encoded(columns(), 1, 9, torch.arange(5))
+    candidates, weight = torch.cat(out.columns[1:]), torch.ones(5, 10)
+    assert torch.equal(method().loss(out), info_nce(out.anchor, candidates))
     weight[range(5), range(5, 10)] = .5
     assert torch.equal(method(hard_negative_weight=.5).loss(out),
-                       info_nce(anchor, candidates, weight=weight))
+                       info_nce(out.anchor, candidates, weight=weight))
 
 
 @pytest.mark.parametrize("epochs, rows", [(1, [3, 0, 119, 60, 61]), (3, [3, 0, 119, 60, 61]),
@@ -123,16 +122,13 @@ def test_a_number_is_a_sentence_or_one_of_its_changed_versions(prepared):
         assert max(lengths) > 6 if version % 2 else min(lengths) < 6   # words repeated or deleted
 
 
-def test_the_views_are_the_pairs_that_were_drawn(prepared):
+def test_the_views_are_the_pairs_that_were_drawn_other_ones_in_other_batches(prepared):
     rows, draw = [5, 3, 9], (5 + 3 + 9) % 2
     anchor, positive, negative = prepared.views(rows, random.Random(0))
     assert anchor == [TEXTS[row] for row in rows]
     assert positive == [prepared.text(prepared.positives[draw, row].item()) for row in rows]
     assert negative == [TEXTS[prepared.negatives[draw, row]] for row in rows]
-
-
-def test_other_batches_take_other_draws(prepared):
-    """In the next pass a row sits in another batch, and batches differ in the sum of their rows."""
+    # In the next pass a row sits in another batch, and batches differ in the sum of their rows.
     pairs = {tuple(column[0] for column in prepared.views([row, other], random.Random(0)))
              for row in range(20) for other in (30, 31)}
     assert len(pairs) > 30
@@ -270,12 +266,9 @@ def test_the_weights_of_the_worked_example():
     assert chance[0].tolist() == pytest.approx([.124224, .223602, 0, .652174], abs=1e-6)
 
 
-def test_propensity_is_the_histogram_of_a_pool_without_its_empty_places():
+def test_propensity_is_a_histogram_and_where_relevance_is_constant_all_bins_are_drawn_alike():
     pool, surface = torch.tensor([[1, EMPTY], [0, 1]]), torch.tensor([[0, 3], [1, 1]])
     assert propensity(pool, surface, 4).tolist() == [1 / 3, 2 / 3, 0, 0]
-
-
-def test_where_relevance_is_constant_every_bin_is_drawn_as_often():
     bins = quarters(torch.tensor([[.05, .1, .2, .3, .35, .55, .6, .62, .7, .74, .8, .9, .92, .95,
                                    .96, 1.]]))
     e = propensity(torch.zeros_like(bins), bins, 4)
@@ -299,13 +292,10 @@ def test_draws_follow_the_chances_with_a_share_for_the_other():
     counts = Counter(found.flatten().tolist())
     assert found.shape == (4000, 2) and set(counts) == {10, 11, 99}
     assert [counts[n] / 8000 for n in (10, 11, 99)] == pytest.approx([.375, .375, .25], abs=.02)
-
-
-@pytest.mark.parametrize("rate, chance, expected", [(0, 1, 10), (1, 1, 99), (0, 0, 99)])
-def test_a_rate_of_zero_or_one_or_no_chance_at_all_leaves_no_choice(rate, chance, expected):
-    found = draw_weighted(torch.tensor([[10]] * 500), torch.full((500, 1), float(chance)),
-                          torch.full((500,), 99), 1, generator(), rate=rate)
-    assert set(found.flatten().tolist()) == {expected}
+    for rate, chance, expected in ((0, 1., 10), (1, 1., 99), (0, 0., 99)):   # no choice is left
+        found = draw_weighted(torch.tensor([[10]] * 500), torch.full((500, 1), chance),
+                              torch.full((500,), 99), 1, generator(), rate=rate)
+        assert set(found.flatten().tolist()) == {expected}
 
 
 # ---- all of it together ---------------------------------------------------------------------
@@ -360,8 +350,7 @@ def test_the_smallest_corpus_has_pairs_too():
 @pytest.mark.parametrize("model_type, width, expected", [
     ("bert", 768, (64, 3e-5)), ("roberta", 768, (128, 1e-5)), ("bert", 256, (128, 1e-5))])
 def test_the_defaults_go_by_the_encoders_size(model_type, width, expected):
-    shape = EncoderConfig(model_type, 100, width, 12, 12, 4 * width)
-    config = resolve(DebCSE, {"method": "debcse"}, shape, columns=1)
+    config = resolved("debcse", model_type, width)
     assert (config.batch_size, config.learning_rate) == expected
     assert (config.twin_rate, config.propensity_bins, config.epochs) == (.25, 10, 1)
 
@@ -392,5 +381,3 @@ def test_a_run_asks_its_teacher_and_leaves_it_as_it_was(program, tiny, sentences
     assert torch.allclose(kept[0].of_sentences.float().cpu(), expected, atol=1e-2)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 2 and 0 <= last["false_negatives"] <= 1
-
-

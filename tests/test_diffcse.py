@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from conftest import resolved
 from data import Corpus, read_corpus
 from engine.encoders import load, load_masked_lm
 from losses import info_nce
 from model import EncoderConfig
 from papers import check
 from papers.diffcse import Config, DiffCSE, Projector, detection_loss
-from papers.settings import resolve
 from papers.simcse import Encoded
 
 
@@ -162,22 +162,17 @@ def gradients(model, method, loss):
             for name, p in module.named_parameters()}
 
 
-def test_detection_trains_encoder_projector_discriminator_and_detector(diffcse):
-    model, method, out = diffcse(rtd_weight=1.)
-    method.loss_of = lambda *_, **__: torch.zeros(())
-    found = gradients(model, method, method.loss(out))
-    for network in ("f.encoder.layers.0", "f.head.0", "f.head.3", "D.discriminator.layers.1",
-                    "D.detector"):
-        assert all(g.abs().max() > 1e-9 for name, g in found.items()
-                   if name.startswith(network) and name.endswith("weight")), network
-
-
-def test_no_gradient_reaches_the_encoder_but_through_the_sentence_vector(diffcse):
+def test_detection_trains_all_networks_and_the_encoder_through_the_sentence_vector_alone(diffcse):
     model, method, out = diffcse(rtd_weight=1.)
     method.loss_of = lambda *_, **__: torch.zeros(())
     cut = replace(out, columns=[x.detach() for x in out.columns])
     found = gradients(model, method, method.loss(cut))
     assert all(g is None for name, g in found.items() if name.startswith("f."))
+    found = gradients(model, method, method.loss(out))
+    for network in ("f.encoder.layers.0", "f.head.0", "f.head.3", "D.discriminator.layers.1",
+                    "D.detector"):
+        assert all(g.abs().max() > 1e-9 for name, g in found.items()
+                   if name.startswith(network) and name.endswith("weight")), network
 
 
 def test_the_generator_is_neither_trained_nor_saved_with_the_state(diffcse):
@@ -266,7 +261,7 @@ def test_the_projector_has_the_size_of_the_paper_and_no_biases(width, count):
     ("bert", 768, 7e-6, .3), ("roberta", 768, 1e-5, .2), ("bert", 1024, 5e-6, .3),
     ("roberta", 1024, 5e-6, .3)])
 def test_the_recipes_of_the_paper(model_type, width, rate, masked):
-    c = resolve(DiffCSE, {}, EncoderConfig(model_type, 7, width, 1, 1, 5), columns=1)
+    c = resolved("diffcse", model_type, width)
     assert (c.learning_rate, c.rtd_rate, c.rtd_weight, c.batch_size, c.epochs) == (
         rate, masked, .005, 64, 2)
 

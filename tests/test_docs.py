@@ -80,6 +80,8 @@ def test_the_corpus_has_20_to_50_thousand_sentences_and_no_two_are_equal():
     assert 20_000 <= len(sentences) <= 50_000
     assert len({folded(sentence) for sentence in sentences}) == len(sentences)
     assert all(map(is_sentence, sentences))
+    corpus = read_corpus("docs")
+    assert corpus.columns == [sentences] and corpus.documents is None
 
 
 def test_the_corpus_holds_no_sentence_of_the_test():
@@ -87,17 +89,14 @@ def test_the_corpus_holds_no_sentence_of_the_test():
     assert test.isdisjoint(map(folded, doc_sentences()))
 
 
-def test_twins_are_two_descriptions_of_one_function_and_none_occurs_twice():
+def test_twins_are_two_clean_descriptions_of_one_function_and_none_occurs_twice():
     twins = doc_twins()
     sides = [folded(sentence) for _, *pair in twins for sentence in pair]
     assert 150 <= len(twins) <= 400
     assert len(set(sides)) == len(sides) == 2 * len(twins)
     assert len({name for name, *_ in twins}) == len(twins)
     assert {"argsort", "inv", "fft", "hann", "erf"} <= {name for name, *_ in twins}
-
-
-def test_twins_are_clean():
-    for name, *pair in doc_twins():
+    for name, *pair in twins:
         for sentence in pair:
             assert not any(mark in sentence for mark in ("`", "\\", "->", "\n", "Alias for"))
             assert not sentence.startswith(f"{name}(") and not sentence.endswith(":")
@@ -107,11 +106,6 @@ def test_a_name_that_means_two_things_makes_no_twins():
     twins = {name: pair for name, *pair in doc_twins()}
     assert not {"select", "typename", "bernoulli", "polar"} & set(twins)
     assert "condition number" in twins["cond"][0]               # torch.cond is a branch
-
-
-def test_the_corpus_called_docs_is_these_sentences():
-    corpus = read_corpus("docs")
-    assert corpus.columns == [doc_sentences()] and corpus.documents is None
 
 
 # ---- another process ------------------------------------------------------------------------

@@ -25,11 +25,8 @@ def test_ties_share_their_average_rank(predicted, rho):
     assert spearman(predicted, [0, 2, 2, 5]) == pytest.approx(100 * rho, abs=1e-4)
 
 
-def test_spearman_is_pearson_of_ranks():
+def test_spearman_is_pearson_of_ranks_and_a_collapsed_encoder_gets_no_score_instead_of_a_zero():
     assert spearman([10, 20, 40, 30], [1, 2, 3, 4]) == pytest.approx(100 * (1 - 6 * 2 / (4 * 15)))
-
-
-def test_a_collapsed_encoder_gets_no_score_instead_of_a_zero():
     assert math.isnan(spearman([.5, .5, .5], [1, 2, 3]))
 
 
@@ -117,12 +114,9 @@ def subset(folder, texts, scores):
     return folder
 
 
-def test_pairs_that_nobody_judged_are_left_out(tmp_path):
+def test_pairs_that_nobody_judged_are_left_out_and_only_a_newline_ends_a_line(tmp_path):
     folder = subset(tmp_path, "a\tb\nc\td\ne\tf\n", "1.5\n\n3\n")
     assert read_subset(folder, "toy", 2) == [("a", "b", 1.5), ("e", "f", 3)]
-
-
-def test_only_a_newline_ends_a_line(tmp_path):
     folder = subset(tmp_path, "a\u0085b\t c \u2028 d\n", "1\n")
     assert read_subset(folder, "toy", 1) == [("a b", "c d", 1)]
 
@@ -148,14 +142,11 @@ def test_bytes_that_are_no_utf8_are_reported(tmp_path):
         read_subset(tmp_path, "toy", 1)
 
 
-def test_any_tsv_of_pairs_is_a_test(tmp_path):
+def test_any_tsv_of_pairs_is_a_test_and_an_unknown_name_is_answered_with_the_menu(tmp_path):
     path = tmp_path / "mine.tsv"
     path.write_text("".join(f"{left}\t{right}\t{score}\n" for left, right, score in PAIRS))
     result = read_test(str(path)).score(letters)
     assert result.scores["mine"] == pytest.approx(100) and "mine" in result.geometry
-
-
-def test_an_unknown_test_is_answered_with_the_menu():
     with pytest.raises(ValueError, match="docs, stsb or sts, or a .tsv file, found 'sst'"):
         read_test("sst")
 
@@ -167,10 +158,7 @@ def test_a_table_is_markdown_with_two_decimals():
              for line in table({"all": {"a": 72.357, "b": 1., "c": 5., "avg": 3.}}).splitlines()]
     assert cells == [["", "a", "b", "c", "avg"], ["---", "--:", "--:", "--:", "--:"],
                      ["all", "72.36", "1.00", "5.00", "3.00"]]
-
-
-def test_the_average_of_a_single_task_is_not_shown_twice():
-    assert "avg" not in table({"all": {"STS-B": 72., "avg": 72.}})
+    assert "avg" not in table({"all": {"STS-B": 72., "avg": 72.}})        # of a single task
 
 
 def test_json_has_null_where_there_is_no_score():

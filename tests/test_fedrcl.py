@@ -10,18 +10,13 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import mincse
+from conftest import at
 from data import Corpus
 from model import Encoder, EncoderConfig, SentenceEncoder
 from papers.corpus import hold_out
-from papers.fedrcl import (Config, FedRCL, collapse, deal_out, fed_avg, participation_ratio,
-                           relaxed_contrast, taking_part)
+from papers.fedrcl import (Config, FedRCL, collapse, deal_out, fed_avg, relaxed_contrast,
+                           taking_part)
 from papers.simcse import Encoded
-
-
-def at(*degrees):
-    """Unit vectors at these angles."""
-    turns = torch.tensor(degrees, dtype=torch.double).deg2rad()
-    return torch.stack([turns.cos(), turns.sin()], dim=1)
 
 
 def random_batch(B=11, D=5, K=3):
@@ -117,17 +112,12 @@ def test_a_pair_comes_to_rest_at_the_closed_form(n, equilibrium):
     assert min(grid, key=lambda s: loss_of_pair(s, n, beta=0.)) == grid[-1]
 
 
-def test_alone_of_its_label_an_anchor_has_no_contrast():
-    contrast, penalty = relaxed_contrast(at(0, 25, 60, 100), torch.tensor([0, 1, 2, 2]))
-    assert len(contrast) == 2 and len(penalty) == 4
-    assert len(relaxed_contrast(at(0, 25), torch.arange(2))[0]) == 0
-
-
-@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [0, 1, 2, 3], [0, 0, 1, 2]])
-def test_the_gradient_is_finite_even_where_classes_are_points_or_alone(labels):
+@pytest.mark.parametrize("labels, count", [([0] * 4, 4), ([0, 1, 2, 3], 0), ([0, 0, 1, 2], 2)])
+def test_alone_an_anchor_has_no_contrast_and_gradients_are_finite_even_at_points(labels, count):
     x = torch.ones(4, 3).double().requires_grad_()
     for batch in (x, x + torch.eye(4, 3)):
         contrast, penalty = relaxed_contrast(batch, torch.tensor(labels))
+        assert len(contrast) == count and len(penalty) == 4
         gradient, = torch.autograd.grad(contrast.sum() + penalty.sum(), x)
         assert gradient.isfinite().all()
 
@@ -142,9 +132,9 @@ def test_class_cosines_are_means_over_pairs_of_two_different_rows():
 
 def test_the_participation_ratio_counts_the_directions_in_use():
     cross = torch.cat([torch.eye(5), -torch.eye(5)]).double()
-    assert participation_ratio(cross) == pytest.approx(5)
-    assert participation_ratio(cross[[0, 1, 5, 6]]) == pytest.approx(2)
-    assert participation_ratio(3 * cross[[0, 5]]) == pytest.approx(1)
+    for x, expected in ((cross, 5), (cross[[0, 1, 5, 6]], 2), (3 * cross[[0, 5]], 1)):
+        found = collapse(x, torch.zeros(len(x)))["participation_ratio"]
+        assert found == pytest.approx(expected)
 
 
 # ---- the method -----------------------------------------------------------------------------
@@ -213,8 +203,8 @@ def test_classes_are_the_groups_in_what_the_bare_encoder_makes_of_the_sentences(
 @pytest.mark.parametrize("settings, said", [
     (dict(head="train"), "compares layers without a head, found --head train"),
     (dict(levels=7), "--levels: expected at most 6, the layers of mini, found 7"),
-    (dict(clients=9), "--batch-size 8 for each client, found 64 and 6"),
-    (dict(clients=1, batch_size=2, rows=19), "expected at least 20 sentences.* found 19 and 18"),
+    (dict(clients=9), "expected 20 sentences and 8 a client, found 64 and 6"),
+    (dict(clients=1, batch_size=2, rows=19), "20 sentences and 2 a client, found 19 and 18"),
 ])
 def test_what_makes_no_sense_is_refused(settings, said):
     settings = dict(head="none", batch_size=8, rows=64) | settings
@@ -230,13 +220,10 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_mean_of_equal_models_is_that_model_bit_by_bit():
+def test_floats_are_averaged_exactly_and_whole_numbers_are_those_of_the_first_client():
     torch.manual_seed(0)
     state = {"x": torch.randn(101), "count": torch.tensor(7)}
     assert equal(fed_avg([state] * 3), state)
-
-
-def test_floats_are_averaged_and_whole_numbers_are_those_of_the_first_client():
     states = [{"n": torch.tensor([n, 2 * n]), "x": torch.tensor([n / 2])} for n in (3, 8)]
     found = fed_avg(states)
     assert found["n"].tolist() == [3, 6] and found["x"].item() == 2.75
@@ -307,19 +294,19 @@ def copied(networks):
 @pytest.fixture(scope="module")
 def federation(train):
     """Its folder, and what each of its turns was given and left."""
-    turns, train_turn = [], mincse.train_turn
+    turns, train_on = [], mincse.train_on
 
     def spy(job, stop, rows, **plan):
         texts = job.inputs.corpus.columns[0]
         asked = [texts[row] for row in hold_out(texts, range(len(texts)))[0]]
         start, origin = copied(job.networks), job.encode(asked)
-        loss = train_turn(job, stop, rows, **plan)
+        loss = train_on(job, stop, rows, **plan)
         away = 1 - F.cosine_similarity(job.encode(asked), origin).mean().item()
         turns.append(dict(plan, rows=rows, start=start, left=copied(job.networks), away=away,
                           loss=loss, texts=texts, asked=asked, labels=job.method.labels))
         return loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mincse, "train_turn", spy)
+        patch.setattr(mincse, "train_on", spy)
         return train("whole"), turns
 
 
@@ -386,7 +373,8 @@ def test_each_turn_has_draws_and_a_learning_rate_of_its_own(federation):
 def test_one_client_in_one_round_is_centralised_training_step_for_step(train, given):
     """A plain run on the same sentences, with the classes that the federation found."""
     alone = train("alone", clients=1, rounds=1, steps=0)          # 44 sentences: 5 steps of 8
-    inputs = mincse.read_inputs(given("fedrcl", **FED | dict(clients=0, steps=5)))
+    plain = {name: FED[name] for name in FED.keys() - {"clients", "rounds", "alpha"}}
+    inputs = mincse.read_inputs(given("fedrcl", **plain | {"steps": 5}))
     whole = mincse.build(inputs, inputs.config)
     whole.method.prepare(whole.encode)
     texts = inputs.corpus.columns[0]
@@ -408,9 +396,9 @@ def test_a_stopped_federation_begins_its_round_anew_and_ends_with_the_same_bits(
     whole, turns = federation
     assert stopped_in_turn(step, train, f"parts-{step}") == 130
     assert f"stopped at step {rounds} of 2" in capsys.readouterr().err
-    again, train_turn = [], mincse.train_turn
-    monkeypatch.setattr(mincse, "train_turn", lambda *known, number, **plan: again.append(
-        number) or train_turn(*known, number=number, **plan))
+    again, train_on = [], mincse.train_on
+    monkeypatch.setattr(mincse, "train_on", lambda *known, number, **plan: again.append(
+        number) or train_on(*known, number=number, **plan))
     parts = train(f"parts-{step}", resume=True)
     assert again == [turn["number"] for turn in turns[2 * rounds :]]
     for name in ("model.safetensors", "metrics.jsonl", "results.json"):

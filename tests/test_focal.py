@@ -23,10 +23,7 @@ def close(value, expected, tolerance=1e-6):
 
 
 def with_cosines(s):
-    """Anchors (B, B + 1) and candidates (C, B + 1) of unit length whose cosines are s (B, C).
-
-    The anchors are axes, so the cosines are coordinates; one more fills up each candidate.
-    """
+    """Unit anchors, which are axes, and candidates of these cosines: (B, C) -> (B | C, B + 1)."""
     rest = (1 - s.square().sum(dim=0)).sqrt()
     return torch.eye(len(s), len(s) + 1, dtype=s.dtype), torch.cat([s, rest[None]]).mT
 
@@ -79,15 +76,13 @@ def all_equal(n, s):
     return anchor.expand(n, 2), candidate.expand(n, 2)
 
 
-@pytest.mark.parametrize("s, expected", [(.2, 5.34790419), (.5, 7.14392469), (0, math.log(64))])
-def test_where_all_cosines_are_equal_there_is_a_closed_form(s, expected):
-    assert close(focal_info_nce(*all_equal(64, s)), math.log1p(63 * math.exp(.3 * s / .05)), 1e-9)
-    assert close(focal_info_nce(*all_equal(64, s)), expected)
-
-
-def test_an_exact_duplicate_in_the_batch_costs_focal_far_more_than_info_nce():
-    assert close(focal_info_nce(*all_equal(2, 1)), 6.00247569)
-    assert close(info_nce(*all_equal(2, 1)), math.log(2))
+@pytest.mark.parametrize("n, s, expected", [
+    (64, .2, 5.34790419), (64, .5, 7.14392469), (64, 0, math.log(64)), (2, 1, 6.00247569)])
+def test_where_all_cosines_are_equal_it_has_a_closed_form_and_info_nce_is_log_n(n, s, expected):
+    """So a duplicate in the batch, the last case, costs focal far more."""
+    closed_form = math.log1p((n - 1) * math.exp(.3 * s / .05))
+    assert close(focal_info_nce(*all_equal(n, s)), closed_form, 1e-9)
+    assert close(closed_form, expected) and close(info_nce(*all_equal(n, s)), math.log(n))
 
 
 @pytest.mark.parametrize("s, cheaper", [(.5, True), (.7, None), (.9, False)])
@@ -124,22 +119,20 @@ def test_a_negative_is_driven_to_minus_half_the_hardness_and_not_to_minus_one():
 
 # ---- the page -------------------------------------------------------------------------------
 
-SHAPE = EncoderConfig("bert", 7, 3, 2, 1, 5)
-
-
 def corpus(columns):
     return Corpus("nli.csv", [["a", "b"]] * columns, None, "", 0)
 
 
-def test_the_hardness_is_a_setting_and_the_authors_by_default():
+def test_the_hardness_is_a_setting():
     method = METHODS["simcse"]
-    assert method.Config().hardness == .3
+    assert method.Config().hardness == .3                         # the authors'
     built = method(corpus(1), method.Config(loss="focal", hardness=.1, temperature=.2), model=None)
     assert built.loss_of(A, P) == focal_info_nce(A, P, hardness=.1, temperature=.2)
 
 
 def test_a_corpus_with_hard_negatives_is_refused_and_pairs_are_not():
     config = METHODS["simcse"].Config(loss="focal", corpus="nli.csv", batch_size=2)
-    check(config, [corpus(1)], SHAPE), check(config, [corpus(2)], SHAPE)
+    shape = EncoderConfig("bert", 7, 3, 2, 1, 5)
+    check(config, [corpus(1)], shape), check(config, [corpus(2)], shape)
     with pytest.raises(ValueError, match=r"nli.csv has hard negatives \(3 columns\): use --lo"):
-        check(config, [corpus(3)], SHAPE)
+        check(config, [corpus(3)], shape)

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import data
-from engine.flags import check_ranges
+from engine.flags import check_ranges, dashed
 from losses import info_nce, many_positives
 from model import Encoder, EncoderConfig, SentenceEncoder
 from papers.corpus import EMPTY
@@ -19,16 +18,9 @@ from papers.ifnd import IFND, Config, accept, false_negatives
 from papers.simcse import Encoded, SimCSE
 
 
-@dataclass(frozen=True)
-class Texts:
-    columns: list[list[str]]
-
-    def __len__(self):
-        return len(self.columns[0])
-
-
 WORDS = "dog cat owl elk bee cow".split()
-CORPUS = Texts([[f"{word} {i}" for i in range(10) for word in WORDS]])
+CORPUS = data.Corpus("a", [[f"{word} {i}" for i in range(10) for word in WORDS]], None, "", 0)
+TRIPLES = data.Corpus("a", CORPUS.columns * 3, None, "", 0)
 BOTH = ["eliminate", "attract"]
 
 
@@ -122,28 +114,16 @@ def test_elimination_is_never_above_info_nce_and_equal_only_where_nothing_is_lef
     assert loss_of(method([[0, 1, 0, 2, EMPTY, EMPTY]] * 2), columns) < info_nce(*columns)
 
 
-def slope_of_cosines(strategy, labels, tau=.5):
-    """d loss / d S, through orthogonal anchors whose cosines with the positives are just S."""
+def test_an_eliminated_pair_has_no_slope_and_an_attracted_one_is_pulled_up_to_its_share():
+    """d loss / d S of cosines S; a negative that is kept is pushed away."""
     torch.manual_seed(3)
-    s = torch.randn(4, 4).double().requires_grad_()
-    false = false_negatives(torch.tensor(labels))
-    own = torch.eye(4, dtype=torch.bool)
-    if strategy == "attract":
-        many_positives(s / tau, own | false).backward()
-    else:
-        F.cross_entropy(s / tau + (~false).double().log(), torch.arange(4)).backward()
-    return s.grad, false, (s / tau).softmax(dim=1).detach()
-
-
-def test_an_eliminated_pair_gets_exactly_no_gradient_and_a_kept_negative_is_pushed_away():
-    slope, false, _ = slope_of_cosines("eliminate", [0, 0, 1, EMPTY])
-    own = torch.eye(4, dtype=torch.bool)
+    s, own = torch.randn(4, 4).double().requires_grad_(), torch.eye(4, dtype=torch.bool)
+    false, p = false_negatives(torch.tensor([0, 0, 1, EMPTY])), (2 * s).softmax(dim=1).detach()
+    slope, = torch.autograd.grad(F.cross_entropy(2 * s + (~false).log(), torch.arange(4)), s)
     assert (slope[false] == 0).all() and false.sum() == 2
     assert (slope[~false & ~own] > 0).all() and (slope[own] < 0).all()
-
-
-def test_an_attracted_pair_is_pulled_until_its_share_of_the_probability_is_reached():
-    slope, false, p = slope_of_cosines("attract", [0, 0, 0, 1])
+    false = false_negatives(torch.tensor([0, 0, 0, 1]))
+    slope, = torch.autograd.grad(many_positives(2 * s, own | false), s)
     share = 1 / (1 + false.sum(dim=1, keepdim=True)).expand_as(p)
     assert ((slope < 0) == (p < share))[false].all() and (slope[false] < 0).any()
 
@@ -174,9 +154,8 @@ def test_the_loss_is_the_mean_over_both_granularities(strategy):
 @pytest.mark.parametrize("strategy", BOTH)
 def test_hard_negatives_are_never_left_out_or_attracted(strategy):
     """Of equal labels everywhere, only the anchors' own (B, B) block changes."""
-    triples = Texts([CORPUS.columns[0]] * 3)
     anchor, positive, hard = batch(V=3)
-    built = method([[0] * 6] * 2, corpus=triples, false_negatives=strategy)
+    built = method([[0] * 6] * 2, corpus=TRIPLES, false_negatives=strategy)
     cosines = (F.normalize(anchor, dim=1)
                @ F.normalize(torch.cat([positive, hard]), dim=1).mT).tolist()
     false = [[i != j for j in range(6)] + [False] * 6 for i in range(6)]
@@ -185,9 +164,8 @@ def test_hard_negatives_are_never_left_out_or_attracted(strategy):
 
 
 def test_the_weight_of_the_own_hard_negative_still_counts():
-    triples = Texts([CORPUS.columns[0]] * 3)
     columns = batch(V=3)
-    heavier = loss_of(method(corpus=triples, hard_negative_weight=2.), columns)
+    heavier = loss_of(method(corpus=TRIPLES, hard_negative_weight=2.), columns)
     weight = torch.cat([torch.ones(6, 6), torch.ones(6, 6) + torch.eye(6)], dim=1)
     expected = info_nce(columns[0], torch.cat(columns[1:]), weight=weight)
     assert heavier.item() == pytest.approx(expected.item())
@@ -195,13 +173,10 @@ def test_the_weight_of_the_own_hard_negative_still_counts():
 
 # ---- labels ---------------------------------------------------------------------------------
 
-def test_the_surest_labels_are_accepted_and_ties_go_to_the_first():
+def test_the_surest_labels_are_accepted_the_first_of_equals_and_a_greater_share_has_more():
     label = torch.tensor([5, 6, 7, 8])
     assert accept(label, torch.tensor([.9, .5, .7, .2]), .5).tolist() == [5, EMPTY, 7, EMPTY]
     assert accept(label, torch.tensor([.5, .5, .5, .5]), .5).tolist() == [5, 6, EMPTY, EMPTY]
-
-
-def test_a_greater_share_contains_the_smaller_and_each_is_exact():
     sure, before = torch.rand(37, generator=torch.Generator().manual_seed(0)), set()
     for share in (0, .1, .2, .4, .6, .8, 1):
         kept = accept(torch.arange(37), sure, share)
@@ -290,13 +265,10 @@ def test_attraction_has_a_loss_of_its_own():
     IFND.check(Config(loss="focal"), [CORPUS], None)
 
 
-@pytest.mark.parametrize("settings, said", [
-    (dict(cluster_rounds=0), "--cluster-rounds: expected 1 or more, found 0"),
-    (dict(clusters=-1), "--clusters: expected 0 or more, found -1"),
-    (dict(accepted=1.5), "--accepted: expected 0 or more and at most 1, found 1.5")])
-def test_a_value_out_of_range_is_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
-        check_ranges(Config(**settings))
+@pytest.mark.parametrize("name, value", dict(cluster_rounds=0, clusters=-1, accepted=1.5).items())
+def test_a_value_out_of_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"{dashed(name)}: expected .*, found {value}"):
+        check_ranges(Config(**{name: value}))
 
 
 @pytest.fixture
@@ -317,5 +289,3 @@ def test_a_run_logs_the_ramp_and_what_is_left_out(train):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["accepted"] for row in rows] == [0, .5, 1]
     assert rows[0]["false_negatives"] == 0 < rows[-1]["false_negatives"]
-
-

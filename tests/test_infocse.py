@@ -5,7 +5,6 @@ import math
 import random
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, permutations
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 
 import data
 import mincse
+from conftest import at, resolved
 from engine.flags import check_ranges
 from losses import info_nce
 from model import Encoder, EncoderConfig, SentenceEncoder
@@ -23,18 +23,11 @@ from papers import infocse
 from papers.infocse import (Config, InfoCSE, adjusted_rand, annotate, average_linkage,
                             can_be_paired, find_documents, is_title, pair_table,
                             similarity_threshold)
-from papers.settings import resolve
 from papers.simcse import Encoded, SimCSE
 
 
-def u(*degrees):
-    """Unit vectors at these angles: their cosines can be worked out in the head."""
-    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
-    return torch.stack([angles.cos(), angles.sin()], dim=1)
-
-
 def cosines(*degrees):
-    return (u(*degrees) @ u(*degrees).mT).numpy()
+    return (at(*degrees) @ at(*degrees).mT).numpy()
 
 
 def groups(labels):
@@ -53,24 +46,18 @@ def line(*marks):
 
 # ---- documents ------------------------------------------------------------------------------
 
-def test_a_title_is_short_and_has_no_mark_of_an_end():
+def test_titles_have_few_words_and_no_end_and_like_fragments_and_long_lines_are_not_paired():
     assert is_title("History of the Netherlands") and not is_title("It rains.")
     assert not is_title('He said "no"') and not is_title("a b c d e f g h i")
-
-
-def test_titles_fragments_and_very_long_lines_are_never_paired():
     assert can_be_paired("This line has exactly six words.") and can_be_paired(" ".join("a" * 64))
     for words in ("Only five words are here.", "A title line of six words", "a " * 65):
         assert not can_be_paired(words)
 
 
-def test_blank_lines_make_documents_and_titles_do_where_there_are_none():
+def test_blank_lines_make_documents_or_else_titles_do_and_after_64_lines_one_is_cut():
     lines = ["First", line(1), line(2), "Second", line(3)]
     assert find_documents(lines, [0, 0, 0, 0, 1]) == [range(0, 4), range(4, 5)]
     assert find_documents(lines, None) == [range(0, 3), range(3, 5)]
-
-
-def test_a_long_document_is_cut_after_64_lines_and_every_row_stays_in_one():
     lines = ["Title"] + [line(i) for i in range(150)] + ["Next", line(151)]
     found = find_documents(lines, None)
     assert [len(rows) for rows in found] == [64, 64, 23, 2]
@@ -155,21 +142,15 @@ WITHIN = np.concatenate([s[np.triu_indices(len(s), 1)]
                          for s in (cosines(0, 20, 90, 100), cosines(10, 200))])
 
 
-def test_the_quantile_of_cosines_inside_documents_is_interpolated():
+def test_the_quantile_inside_documents_is_interpolated_and_other_documents_set_a_floor():
     assert len(WITHIN) == 7
     found = similarity_threshold(WITHIN, np.zeros(3), quantile=.7)
     assert found == pytest.approx(.461555, abs=1e-6)
-
-
-def test_sentences_of_different_documents_set_a_floor():
     across = np.array([.5, .7])                                   # population deviation .1
     assert similarity_threshold(WITHIN, across, quantile=.7) == pytest.approx(.6 + .3)
     assert similarity_threshold(WITHIN, across, quantile=1.) == pytest.approx(.95)   # at most
     assert similarity_threshold(WITHIN, np.array([-.9]), quantile=0.) == 0           # at least
-
-
-def test_without_anything_to_compare_hardly_anything_is_similar():
-    assert similarity_threshold(np.empty(0), np.empty(0), quantile=.9) == .95
+    assert similarity_threshold(np.empty(0), np.empty(0), quantile=.9) == .95   # nothing to compare
 
 
 # ---- annotation -----------------------------------------------------------------------------
@@ -181,7 +162,7 @@ LINES = [line(i) for i in range(6)]
 def annotated(angles, lines=LINES, documents=DOCUMENTS, quantile=.7):
     """The annotation by an encoder that knows the angle of each line."""
     angle = dict(zip(lines, angles))
-    return annotate(lines, documents, lambda texts: u(*(angle[text] for text in texts)),
+    return annotate(lines, documents, lambda texts: at(*(angle[text] for text in texts)),
                     quantile=quantile)
 
 
@@ -286,17 +267,11 @@ def test_nearer_ones_are_drawn_more_often():
     assert chance[1].tolist() == chance[2].tolist() == [1, 0, 0] and not chance[3].any()
 
 
-@dataclass(frozen=True)
-class Texts:
-    """As much of a corpus as the method looks at."""
-    columns: list[list[str]]
-    documents: list[int] | None
-
-    def __len__(self):
-        return len(self.columns[0])
+def corpus_of(lines, documents):
+    return data.Corpus("a", [lines], documents, "", 0)
 
 
-CORPUS = Texts([LINES], [0, 0, 0, 0, 1, 1])
+CORPUS = corpus_of(LINES, [0, 0, 0, 0, 1, 1])
 
 
 def method(kind=InfoCSE, corpus=CORPUS, **settings):
@@ -345,7 +320,7 @@ def masked(anchor, positive, cluster):
 
 def test_sentences_of_a_cluster_are_no_negatives_of_each_other():
     """Anchors 0 and 1 see their own positive, 20° away, and the third one, 10° away."""
-    anchor, positive = u(0, 20, 10), u(20, 0, 10)
+    anchor, positive = at(0, 20, 10), at(20, 0, 10)
     e = {angle: math.exp(math.cos(math.radians(angle)) / .05) for angle in (0, 10, 20)}
     each = [math.log((e[20] + e[10]) / e[20])] * 2 + [math.log((e[0] + 2 * e[10]) / e[0])]
     assert each == pytest.approx([1.242791, 1.242791, .906624], abs=1e-6)
@@ -354,7 +329,7 @@ def test_sentences_of_a_cluster_are_no_negatives_of_each_other():
 
 
 def test_equal_texts_are_no_negatives_of_each_other():
-    corpus = Texts([[line(1), line(2), line(1).upper(), line(3)]], [0, 0, 1, 1])
+    corpus = corpus_of([line(1), line(2), line(1).upper(), line(3)], [0, 0, 1, 1])
     torch.manual_seed(0)
     anchor, positive = torch.randn(2, 4, 3).double()
     found = method(corpus=corpus).loss(Encoded([anchor, positive], 1, 9, torch.arange(4)))
@@ -362,10 +337,10 @@ def test_equal_texts_are_no_negatives_of_each_other():
 
 
 def test_no_gradient_reaches_what_is_masked_and_everybody_keeps_their_own_positive():
-    anchor, positive = u(0, 20, 10), u(20, 0, 10).requires_grad_()
+    anchor, positive = at(0, 20, 10), at(20, 0, 10).requires_grad_()
     masked(anchor, positive, [7, 7, 7]).backward()                # nobody has a negative
     assert positive.grad.abs().max() < 1e-12
-    ours, loop = u(20, 0, 10).requires_grad_(), u(20, 0, 10).requires_grad_()
+    ours, loop = at(20, 0, 10).requires_grad_(), at(20, 0, 10).requires_grad_()
     masked(anchor, ours, [7, 7, 9]).backward()
     for i, kept in enumerate(([0, 2], [1, 2], [0, 1, 2])):
         s = F.cosine_similarity(anchor[i], loop) / .05
@@ -375,7 +350,7 @@ def test_no_gradient_reaches_what_is_masked_and_everybody_keeps_their_own_positi
 
 # ---- rounds ---------------------------------------------------------------------------------
 
-MANY = Texts([[line(i) for i in range(400)]], [i // 10 for i in range(400)])
+MANY = corpus_of([line(i) for i in range(400)], [i // 10 for i in range(400)])
 
 
 def test_rounds_have_as_many_steps_and_documents_stay_together():
@@ -399,7 +374,7 @@ def test_rounds_fill_any_number_of_steps_and_no_row_comes_twice_before_all_came(
 def refreshable(quantile=.8, **settings):
     """The method on 30 documents of 7 sentences, and their encoder."""
     lines, _, encode = random_documents(0, documents=30)
-    corpus = Texts([lines], [i // 7 for i in range(210)])
+    corpus = corpus_of(lines, [i // 7 for i in range(210)])
     return method(corpus=corpus, annotation_quantile=quantile, **settings), encode
 
 
@@ -413,13 +388,6 @@ def test_a_round_annotates_its_own_documents_whole_and_leaves_the_others_alone()
                      encode, quantile=.8, seed=42)
     assert all(built.cluster[row] == again.cluster[row] for row in again.cluster)
     assert built.logs()["coverage"] == pytest.approx(again.coverage)
-
-
-def test_sentences_are_cut_for_annotation_as_they_are_for_training():
-    built, encode = refreshable(max_tokens=9)
-    asked = []
-    built.refresh(lambda texts, **how: asked.append(how) or encode(texts), range(14))
-    assert asked == [{"max_tokens": 9}]
 
 
 def test_with_hardly_any_pairs_the_round_is_simcse_and_says_so():
@@ -440,12 +408,12 @@ def test_agreement_compares_the_probe_with_the_annotation_before():
     assert built.logs()["agreement"] < .9
 
 
-def test_the_frozen_annotator_looks_once_and_at_everything():
-    built, encode = refreshable(annotator="frozen")
+def test_the_frozen_annotator_looks_once_and_at_everything_cut_as_for_training():
+    built, encode = refreshable(annotator="frozen", max_tokens=9)
     seen = []
-    built.refresh(lambda texts, **how: seen.append(len(texts)) or encode(texts), range(14))
+    built.refresh(lambda texts, **how: seen.append((len(texts), how)) or encode(texts), range(14))
     built.refresh(lambda texts, **how: 1 / 0, range(14, 100))
-    assert seen == [210] and built.annotations == 1
+    assert seen == [(210, {"max_tokens": 9})] and built.annotations == 1
 
 
 def test_the_index_of_rand_is_one_for_equal_and_about_zero_for_unrelated_clusters():
@@ -530,7 +498,7 @@ def test_a_run_annotates_after_the_first_quarter_and_logs_what_it_found(train, p
     folder = train(dev=pairs, dev_every=4)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [4, 8, 10, 12, 16]
-    names = {*infocse.LOGGED} - {"agreement"}
+    names = {"threshold", "coverage"}
     assert not names & lines[0].keys() and all(names <= line.keys() for line in lines[1:])
     assert ["agreement" in line for line in lines] == [False, False, True, True, True]
     assert lines[-1]["coverage"] > 0
@@ -548,8 +516,7 @@ def test_without_documents_it_is_refused_before_anything_is_written(
 
 def test_a_small_encoder_has_a_stricter_quantile():
     for width, expected in ((256, (128, .95)), (768, (64, .9))):
-        shape = EncoderConfig("bert", 100, width, 12, 12, 4 * width)
-        config = resolve(InfoCSE, {"method": "infocse"}, shape, columns=1)
+        config = resolved("infocse", width=width)
         assert (config.batch_size, config.annotation_quantile) == expected
         assert (config.annotation_rounds, config.largest_cluster, config.twin_rate,
                 config.mate_temperature) == (3, 8, .5, .1)
@@ -573,7 +540,7 @@ def annotations_of_a_toy(seed, *, documents=40, width=64):
     signal = torch.randn(2 * documents, width) * (torch.arange(width) < width // 2)
     noise = torch.randn(len(topic), width) * (.5 + .5 * (torch.arange(width) >= width // 2))
     lines, x = [line(i) for i in range(len(topic))], signal[topic] + noise
-    corpus = Texts([lines], [i // 10 for i in range(len(lines))])
+    corpus = corpus_of(lines, [i // 10 for i in range(len(lines))])
     built = method(corpus=corpus, annotation_quantile=.8, seed=seed)
     encoder = torch.nn.Linear(width, width // 2, bias=False)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=3e-3)

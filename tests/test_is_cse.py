@@ -1,17 +1,18 @@
 """IS-CSE: the memory, the blend of a positive with its neighbours, and the loss with both."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
+from conftest import resolved
+from data import Corpus
 from losses import cosine, info_nce
 from model import Encoder, EncoderConfig, SentenceEncoder
 from papers.focal import focal_info_nce
 from papers.is_cse import ISCSE, Config, alpha, smooth
 from papers.memory import Memory
-from papers.settings import resolve
 from papers.simcse import Encoded
 
 # The worked example: a memory of four, which is full, and a batch of two in three dimensions.
@@ -29,15 +30,12 @@ def worked_memory():
 
 # ---- the memory -----------------------------------------------------------------------------
 
-def test_the_newest_rows_come_in_at_the_end_and_the_oldest_leave():
-    assert worked_memory().rows.tolist() == [[.6, .8, 0], [0, 1, 0], [.8, .6, 0], [0, .6, .8]]
-
-
-def test_what_is_pushed_is_cut_from_the_graph_and_of_unit_length():
-    memory = Memory(4, 3)
+def test_the_newest_rows_come_in_at_the_end_without_gradient_and_of_unit_length():
+    memory = worked_memory()
+    assert memory.rows.tolist() == [[.6, .8, 0], [0, 1, 0], [.8, .6, 0], [0, .6, .8]]
     memory.push(torch.full((2, 3), 7., requires_grad=True))
     assert not memory.rows.requires_grad
-    assert torch.allclose(memory.rows[2:].norm(dim=1), torch.ones(2))
+    assert torch.allclose(memory.rows[2:].norm(dim=1), torch.ones(2).double())
 
 
 @pytest.mark.parametrize("slots, batch, first", [(1024, 64, 16), (1024, 100, 11), (1024, 512, 2)])
@@ -121,19 +119,15 @@ def test_a_blend_is_never_longer_than_one_and_weighs_the_positive_most():
 
 # ---- the loss -------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Texts:
-    columns: list[list[str]]
-
-
 SMALL = Config(method="is-cse", batch_size=2, buffer_size=4, neighbours=2)
 SHAPE = EncoderConfig("bert", 7, 3, 1, 1, 5)
 
 
 def method(*, full=False, **settings):
     """The method on an encoder of width 3, which it never runs; perhaps with the worked memory."""
-    built = ISCSE(Texts([["a dog runs", "a cat sleeps"]]), replace(SMALL, **settings),
-                  model=SentenceEncoder(Encoder(SHAPE), pooling="cls")).double()
+    corpus = Corpus("animals", [["a dog runs", "a cat sleeps"]], None, "", 0)
+    model = SentenceEncoder(Encoder(SHAPE), pooling="cls")
+    built = ISCSE(corpus, replace(SMALL, **settings), model=model).double()
     if full:
         built.memory.rows.copy_(ROWS)
     return built
@@ -164,16 +158,14 @@ def test_until_the_memory_is_full_it_is_simcse_gradients_included():
         assert same == (step < 2)
 
 
-def test_weight_zero_makes_it_simcse_for_good():
-    found = method(alpha_start=0., alpha_end=0., full=True).loss(Encoded(random_columns(), 1, 9))
-    assert found == info_nce(*random_columns())
-
-
 @pytest.mark.parametrize("loss, of_it", [("info-nce", info_nce), ("focal", focal_info_nce)])
-def test_the_loss_that_is_asked_for_serves_both_terms(loss, of_it):
-    """Without neighbours a blend is the positive itself, which counts one and a tenth times."""
-    found = method(loss=loss, neighbours=0, full=True).loss(Encoded(random_columns(), 1, 9))
-    assert found.item() == pytest.approx(1.1 * of_it(*random_columns()).item())
+@pytest.mark.parametrize("weight", [0., .1])
+def test_the_loss_that_is_asked_for_serves_both_terms_and_weight_zero_leaves_one(
+        loss, of_it, weight):
+    """Without neighbours a blend is the positive itself, which counts 1 + α times."""
+    built = method(loss=loss, neighbours=0, alpha_start=weight, alpha_end=weight, full=True)
+    found, plain = built.loss(Encoded(random_columns(), 1, 9)), of_it(*random_columns())
+    assert found == plain if not weight else found.item() == pytest.approx(1.1 * plain.item())
 
 
 def test_the_memory_is_saved_with_the_run():
@@ -198,7 +190,7 @@ def test_the_weight_climbs_until_mid_training_and_a_constant_one_stays(share, ex
 
 @pytest.mark.parametrize("width, weights", [(768, (.1, .1)), (1024, (.005, .05))])
 def test_the_weight_is_constant_for_base_and_a_ramp_for_large(width, weights):
-    config = resolve(ISCSE, {"method": "is-cse"}, replace(SHAPE, width=width), columns=1)
+    config = resolved("is-cse", "bert", width)
     assert (config.alpha_start, config.alpha_end) == weights
     assert (config.buffer_size, config.neighbours, config.smoothing_temperature) == (1024, 16, 2)
 

@@ -95,32 +95,21 @@ def test_hard_negatives_are_more_candidates_and_they_count():
     assert with_hard > info_nce(A, P)
 
 
-@pytest.mark.parametrize("alpha, expected", [(1, .46420945), (2, .70974585), (.5, .29270133)])
+@pytest.mark.parametrize("alpha, expected", [
+    (1, .46420945), (2, .70974585), (.5, .29270133),
+    (math.exp(2), 1.35524770)])                                   # their command line takes ln α
 def test_alpha_multiplies_the_own_hard_negative_only(alpha, expected):
     assert close(info_nce(A, torch.cat([P, H]), weight=own_weighted(alpha)), expected)
 
 
-def test_alpha_is_not_a_logit():
-    """Their code takes ln α on the command line; α = 2 given there would be this number."""
-    assert close(info_nce(A, torch.cat([P, H]), weight=own_weighted(math.exp(2))), 1.35524770)
-
-
-def test_weight_zero_takes_a_candidate_out_of_the_choice():
+@pytest.mark.parametrize("times", [0, 2])
+def test_a_weight_is_how_often_a_candidate_is_there(times):
     anchor, candidates = random_pair(5, 11)
     weight = torch.ones(5, 11).double()
-    weight[:, 7] = 0
-    without = torch.cat([candidates[:7], candidates[8:]])
+    weight[:, 7] = times
+    same = torch.cat([candidates[:7], *[candidates[7:8]] * times, candidates[8:]])
     for loss in LOSSES.values():
-        assert close(loss(anchor, candidates, weight=weight), loss(anchor, without), 1e-12)
-
-
-def test_weight_two_is_the_same_candidate_twice():
-    anchor, candidates = random_pair(5, 11)
-    weight = torch.ones(5, 11).double()
-    weight[:, 7] = 2
-    for loss in LOSSES.values():
-        twice = loss(anchor, torch.cat([candidates, candidates[7:8]]))
-        assert close(loss(anchor, candidates, weight=weight), twice, 1e-12)
+        assert close(loss(anchor, candidates, weight=weight), loss(anchor, same), 1e-12)
 
 
 # ---- Laws of every loss ---------------------------------------------------------------------
@@ -129,10 +118,12 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 @every_loss
-def test_every_loss_prefers_the_true_pairing(loss):
-    x = torch.eye(5) + .1
+def test_every_loss_prefers_the_true_pairing_and_no_zero_vector_makes_it_nan(loss):
+    x, (anchor, candidates) = torch.eye(5) + .1, random_pair()
     assert loss(x, x) < loss(x, x.roll(1, dims=0))                # than its neighbour's positive
     assert loss(x, x) < loss(x, torch.cat([x, x]))                # than with itself as a negative
+    anchor[0] = 0                                                 # has cosine 0 with all
+    assert loss(anchor, candidates).isfinite()
 
 
 @every_loss
@@ -160,13 +151,6 @@ def test_the_order_of_the_batch_does_not_matter_but_the_pairing_does(loss):
     assert not close(loss(anchor, candidates.roll(1, dims=0)), loss(anchor, candidates), 1e-3)
 
 
-@every_loss
-def test_a_zero_vector_has_cosine_zero_and_no_loss_becomes_nan(loss):
-    anchor, candidates = random_pair()
-    anchor[0] = 0
-    assert loss(anchor, candidates).isfinite()
-
-
 # ---- Alignment and uniformity ---------------------------------------------------------------
 
 def test_alignment_is_the_mean_squared_distance_on_the_sphere():
@@ -189,11 +173,8 @@ def test_collapse_has_uniformity_zero_and_random_directions_come_near_minus_four
     assert uniformity(torch.randn(2000, 768)).item() == pytest.approx(-3.9896, abs=2e-3)
 
 
-def test_both_measures_ignore_length():
+def test_both_measures_ignore_length_and_the_chunks_of_uniformity_change_nothing():
+    x = random_pair(53, 53, 7)[0]
     assert close(alignment(3 * A, P / 7), alignment(A, P), 1e-12)
     assert close(uniformity(3 * A), uniformity(A), 1e-12)
-
-
-def test_the_chunks_of_uniformity_change_nothing():
-    x = random_pair(53, 53, 7)[0]
     assert close(uniformity(x, chunk=11), uniformity(x), 1e-12)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 import data
 from engine import encoders
-from tools import pretrain, words
+from tools import pretrain
 from conftest import ROOT
 
 MINI = ROOT / "mini"
@@ -40,10 +40,10 @@ def test_on_text_never_trained_on_it_guesses_as_well_as_the_card_says(real_data)
     corpus = data.read_corpus("wiki_docs", real_data)
     other = corpus.part(row for row, document in enumerate(corpus.documents)
                         if document % 100 == 99)
-    _, stream = words.streams(other, data.Tokenizer.read(MINI))
+    _, stream = pretrain.streams(other, data.Tokenizer.read(MINI))
     model = encoders.load(MINI)
     lm = pretrain.MaskedLM(model, encoders.load_masked_lm(MINI, model))
-    found = pretrain.held_out(lm, words.Sequences(stream, data.Tokenizer.read(MINI), 64))
+    found = pretrain.held_out(lm, pretrain.Sequences(stream, data.Tokenizer.read(MINI), 64))
     said = re.search(r"loss\s+\*\*([\d.]+)\*\*, guessed right\s+\*\*([\d.]+)%\*\*",
                      (MINI / "README.md").read_text())
     assert found["held_out_loss"] == pytest.approx(float(said[1]), abs=.003)

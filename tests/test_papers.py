@@ -81,13 +81,15 @@ def test_a_weight_on_hard_negatives_is_refused_where_there_are_none(given, capsy
 
 @pytest.mark.parametrize("typed, needs", [
     ({"hardness": .1}, {"loss": "focal"}), ({"rate": .2}, {"positives": "crop"}),
-    ({"mlm_rate": .2}, {"mlm_weight": .1})], ids=str)
+    ({"mlm_rate": .2}, {"mlm_weight": .1}),
+    ({"method": "fedrcl", "rounds": 2}, {"clients": 2, "batch_size": 8}),
+    ({"method": "cards", "retrieved": 0, "retrieve_from": 3}, {"retrieved": 1})], ids=str)
 def test_a_setting_of_what_is_off_is_refused_and_taken_where_it_is_on(typed, needs, given, capsys):
     with pytest.raises(SystemExit) as refused:
         mincse.read_inputs(given(**typed))
     said = capsys.readouterr().err
-    assert refused.value.code == 2 and dashed(next(iter(typed))) + " belongs to " in said
-    assert mincse.read_inputs(given(**typed, **needs))
+    assert refused.value.code == 2 and dashed([*typed][-1]) + " belongs to " in said
+    assert mincse.read_inputs(given(**typed | needs))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -156,6 +158,16 @@ def test_the_page_in_the_readme_is_a_whole_paper(program, pairs, monkeypatch, ca
     plain = json.loads((program(out="simcse", dev=pairs, dev_every=2) / "metrics.jsonl")
                        .read_text().splitlines()[0])
     assert lines[0]["loss"] == plain["loss"] != lines[1]["loss"] and lines[1]["back"] > 0
+
+
+def test_a_page_that_changes_the_views_alone_needs_no_loss_of_its_own(monkeypatch, given):
+    class Shout(METHODS["simcse"]):
+        Config = Config
+
+        def views(self, rows, rng):
+            return [super().views(rows, rng)[0], [self.corpus.columns[0][i].upper() for i in rows]]
+    monkeypatch.setitem(METHODS, "shout", Shout)
+    assert first_step(given() | {"method": "shout"})[0] > 0
 
 
 # ---- pieces ---------------------------------------------------------------------------------

@@ -80,9 +80,8 @@ def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_batch(
     loss_at(7, float(value))
     code, said, folder = ended(steps=20, learning_rate=.001, dev_every=5)
     assert code == 1
-    assert said == (f"mincse.py: the loss is {value} at step 7, with a learning rate of 0.0007: "
-                    f"{folder}/bad-batch.json has the rows of its batch; try a lower "
-                    "--learning-rate; what was saved before is kept")
+    assert said == (f"mincse.py: the loss is {value} at step 7: try a lower --learning-rate than "
+                    f"0.0007; {folder}/bad-batch.json has the batch; earlier saves are kept")
     found = json.loads((folder / "bad-batch.json").read_text())
     lines = sentences.read_text().splitlines()
     assert found["step"] == 7 and found["loss"] == value

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import mincse
 from data import Corpus, read_corpus
+from engine import run_folder
 from engine.results import default_folder
 from losses import info_nce
 from model import Encoder, EncoderConfig, Head, SentenceEncoder
@@ -61,12 +62,7 @@ def test_the_worked_example():
     assert distilled == pytest.approx([.263282, .913015], abs=1e-6)
     assert remembered == pytest.approx([.833428, 1.352984], abs=1e-6)
     assert sum(learned + remembered) / 2 == pytest.approx(1.897867, abs=1e-6)
-
-
-def test_the_positive_stays_in_the_denominator():
-    """Without it, as in the authors' SimCLR form, the term would be [.263282, 1.053947] and could
-    go below 0."""
-    assert each(P, OLD, Z2, temperature=.5) != pytest.approx([.263282, 1.053947], abs=1e-2)
+    # The positive stays in the denominator, or `remembered` would be [.263282, 1.053947].
     assert min(each(Z, Z, -Z)) >= 0
 
 
@@ -281,14 +277,16 @@ def test_a_sequence_leaves_a_model_and_a_matrix(runs):
     assert [name.rpartition("/")[2] for name in args["corpus"]] == ["1.txt", "later.txt"]
 
 
-def test_a_score_that_is_no_number_is_nan_in_the_matrix(given, runs):
+def test_a_score_that_is_no_number_is_nan_in_the_matrix(given, runs, tmp_path):
     """JSON has none, so metrics.jsonl says null."""
     inputs = mincse.read_inputs(given("pnr", **FLAGS))
     job = mincse.build(inputs, inputs.config)
-    text = (runs["pnr"] / "metrics.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
-    lines[1]["scores"]["test"] = None
-    text, found = job.method.report(job, lines)
+    lines = run_folder.lines(runs["pnr"])
+    lines[1]["scores"]["test"] = math.nan
+    for line in lines:
+        run_folder.add_line(tmp_path, line)
+    assert "null" in (tmp_path / "metrics.jsonl").read_text()
+    text, found = job.method.report(job, run_folder.lines(tmp_path))
     assert "nan |" in text and math.isnan(found["matrix"]["after later"]["test"])
 
 
@@ -332,15 +330,15 @@ def test_a_task_goes_on_from_all_that_the_last_one_left(train, given, tmp_path, 
     first, later = given("pnr")["corpus"]
     few = "\n".join(Path(later).read_text().splitlines()[:24])
     (tmp_path / "few.txt").write_text(few)
-    turns, train_turn = [], mincse.train_turn
+    turns, train_on = [], mincse.train_on
 
     def spy(job, stop, rows, **plan):
         before = {name: x.clone() for name, x in job.networks.state_dict().items()}
-        loss = train_turn(job, stop, rows, **plan)
+        loss = train_on(job, stop, rows, **plan)
         after = {name: x.clone() for name, x in job.networks.state_dict().items()}
         turns.append((job, rows, plan, before, after))
         return loss
-    monkeypatch.setattr(mincse, "train_turn", spy)
+    monkeypatch.setattr(mincse, "train_on", spy)
     train("spied", steps=0, corpus=[first, str(tmp_path / "few.txt")])
     (_, rows1, plan1, _, left), (job, rows2, plan2, found, _) = turns
     assert all(torch.equal(left[name], x) for name, x in found.items())
@@ -361,11 +359,8 @@ def test_stopped_in_the_second_task_it_begins_that_anew_and_ends_with_the_same_b
 
 # ---- measures -------------------------------------------------------------------------------
 
-def test_average_and_forgetting_on_the_worked_example():
-    """Forgotten: (80 - 74 + 72 - 70) / 2."""
-    assert what_is_left([[80, 50, 60], [76, 72, 58], [74, 70, 81]]) == pytest.approx((75, 4))
-
-
 def test_forgetting_counts_from_the_best_and_is_negative_where_later_tasks_helped():
+    """Forgotten in the worked example: (80 - 74 + 72 - 70) / 2."""
+    assert what_is_left([[80, 50, 60], [76, 72, 58], [74, 70, 81]]) == pytest.approx((75, 4))
     _, forgetting = what_is_left([[10, 0, 0], [30, 20, 0], [20, 50, 5]])
     assert forgetting == ((30 - 20) + (20 - 50)) / 2

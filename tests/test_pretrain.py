@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import data
 from engine import encoders, run_folder
 from engine.flags import dashed
-from tools import pretrain, words
+from tools import pretrain
 
 SMALL = {"layers": 2, "width": 32, "heads": 2, "vocab_size": 400, "max_tokens": 16,
          "batch_size": 8, "steps": 12, "dev_every": 5, "learning_rate": 5e-3, "threads": 1,
@@ -75,7 +75,10 @@ def results_of(folder: Path) -> dict:
 
 # ---- from text to tokens --------------------------------------------------------------------
 
-def test_transformers_reads_the_tokenizer_and_gives_the_same_ids(trained, tokenizer):
+def test_the_tokenizer_keeps_frequent_words_whole_and_is_the_same_in_transformers(
+        trained, tokenizer):
+    assert tokenizer.whole.encode("The DOG eats books").tokens == [
+        "[CLS]", "the", "dog", "eats", "books", "[SEP]"]
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(trained)
     for sentence in ["The DOG finds an apple.", "café ünder Paris!", "", "zebra-crossing 42"]:
@@ -84,15 +87,10 @@ def test_transformers_reads_the_tokenizer_and_gives_the_same_ids(trained, tokeni
     assert theirs.mask_token_id == tokenizer.mask_id and theirs.model_max_length == 512
 
 
-def test_frequent_words_are_whole_and_case_does_not_count(tokenizer):
-    assert tokenizer.whole.encode("The DOG eats books").tokens == [
-        "[CLS]", "the", "dog", "eats", "books", "[SEP]"]
-
-
 def test_documents_are_separated_and_one_in_so_many_is_held_out(text, tokenizer):
     """60 documents: each sixth is held out, and nothing is lost or moved."""
     corpus = data.read_corpus(str(text))
-    train, held_out = words.streams(corpus, tokenizer)
+    train, held_out = pretrain.streams(corpus, tokenizer)
     expected = {False: [], True: []}
     for number in range(60):
         for sentence in corpus.columns[0][5 * number : 5 * number + 5]:
@@ -103,7 +101,7 @@ def test_documents_are_separated_and_one_in_so_many_is_held_out(text, tokenizer)
 
 def test_sequences_cover_the_stream_with_cls_and_sep_around_each_and_hide_neither(tokenizer):
     """A stream 100, 101, ..., in which every token tells its place."""
-    sequences = words.Sequences(np.arange(100, 300, dtype=np.uint16), tokenizer, 12)
+    sequences = pretrain.Sequences(np.arange(100, 300, dtype=np.uint16), tokenizer, 12)
     assert len(sequences) == 20
     whole = sequences([0, 3])
     assert whole.tolist() == [[2, *range(100, 110), 3], [2, *range(130, 140), 3]]
@@ -114,21 +112,18 @@ def test_sequences_cover_the_stream_with_cls_and_sep_around_each_and_hide_neithe
 
 # ---- from counts to vectors -----------------------------------------------------------------
 
-def test_positive_pmi_of_a_corpus_of_four_words_worked_out_by_hand():
+def test_positive_pmi_by_hand_of_neighbours_up_to_its_window_and_no_further():
     """0 1 0 1 2 3 2 3, window 1: 0-1 meet three times, 1-2 once, 2-3 three times.
 
     Both ways that is 14 meetings, of which 3, 4, 4, 3 belong to the words.
     """
-    found = words.positive_pmi(np.array([0, 1, 0, 1, 2, 3, 2, 3], np.uint16), 4, window=1)
+    found = pretrain.positive_pmi(np.array([0, 1, 0, 1, 2, 3, 2, 3], np.uint16), 4, window=1)
     strong = math.log(3 * 14 / (3 * 4))                           # 1 and 2 meet less than by chance
     expected = [[0, strong, 0, 0], [strong, 0, 0, 0], [0, 0, 0, strong], [0, 0, strong, 0]]
     assert found.toarray() == pytest.approx(np.array(expected), abs=1e-6)
-
-
-def test_the_window_counts_neighbours_up_to_its_width_and_no_further():
-    met = words.positive_pmi(np.arange(8, dtype=np.uint16), 8, window=5).toarray() > 0
-    slow = [[0 < abs(i - j) <= 5 for j in range(8)] for i in range(8)]
-    assert not (met & ~np.array(slow)).any() and met[0, 5] and met[5, 0]
+    met = pretrain.positive_pmi(np.arange(8, dtype=np.uint16), 8, window=5).toarray() > 0
+    near = [[0 < abs(i - j) <= 5 for j in range(8)] for i in range(8)]
+    assert not (met & ~np.array(near)).any() and met[0, 5] and met[5, 0]
 
 
 def test_word_vectors_are_the_truncated_svd_centred_and_of_one_length():
@@ -136,7 +131,7 @@ def test_word_vectors_are_the_truncated_svd_centred_and_of_one_length():
     counts = rng.random((13, 13)) * (rng.random((13, 13)) < .5)
     pmi = np.triu(counts, 1) + np.triu(counts, 1).T
     pmi[:, 7] = pmi[7] = 0                                        # this word met nobody
-    found = words.svd_embeddings(words.sparse.csr_matrix(pmi), 5)
+    found = pretrain.svd_embeddings(pretrain.sparse.csr_matrix(pmi), 5)
 
     u, sizes, _ = np.linalg.svd(pmi)
     slow = u[:, :5] * np.sqrt(sizes[:5])
@@ -149,8 +144,8 @@ def test_word_vectors_are_the_truncated_svd_centred_and_of_one_length():
 
 
 def test_words_of_the_same_use_begin_near_each_other(text, tokenizer):
-    stream, _ = words.streams(data.read_corpus(str(text)), tokenizer)
-    x = words.svd_embeddings(words.positive_pmi(stream, tokenizer.vocab_size, window=2), 16)
+    stream, _ = pretrain.streams(data.read_corpus(str(text)), tokenizer)
+    x = pretrain.svd_embeddings(pretrain.positive_pmi(stream, tokenizer.vocab_size, window=2), 16)
     dog, cat, paris = (x[tokenizer.whole.token_to_id(word)] for word in ("dog", "cat", "paris"))
     assert dog @ cat > dog @ paris
 
@@ -231,11 +226,6 @@ def test_the_bag_loss_asks_cls_for_every_word_as_it_was_before_masking():
     assert pretrain.bag_loss(summary, ids, labels).item() == pytest.approx(sum(surprises) / 4)
 
 
-def test_the_head_shares_its_word_vectors_with_the_encoder(lm, trained):
-    assert lm.head.words is lm.model.encoder.words.weight
-    assert not any("decoder" in name for name in load_file(trained / "model.safetensors"))
-
-
 def test_the_learning_rate_rises_for_a_moment_and_ends_at_zero():
     assert [pretrain.schedule(done) for done in (0, .015, .03, .515, 1, 1.1)] == pytest.approx(
         [0, .5, 1, .5, 0, 0])
@@ -246,7 +236,7 @@ def test_the_learning_rate_rises_for_a_moment_and_ends_at_zero():
 def test_seconds_of_training_teach_it_more_than_how_frequent_words_are(trained, text, tokenizer):
     """A model that knew only the frequencies would score their entropy."""
     results = results_of(trained)
-    counts = np.bincount(words.streams(data.read_corpus(str(text)), tokenizer)[0]).astype(float)
+    counts = np.bincount(pretrain.streams(data.read_corpus(str(text)), tokenizer)[0]).astype(float)
     share = counts[counts > 0] / counts.sum()
     entropy = -(share * np.log(share)).sum()
     assert results["test"]["held_out_loss"] < entropy - .5
@@ -254,7 +244,8 @@ def test_seconds_of_training_teach_it_more_than_how_frequent_words_are(trained, 
     assert results["tokens"] == 400 * 8 * 16
 
 
-def test_the_folder_gives_the_same_logits_in_transformers_and_here(trained, lm, tokenizer):
+def test_the_folder_gives_the_same_logits_in_transformers_with_one_table_of_words(
+        trained, lm, tokenizer):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(trained, dtype=torch.float32).eval()
     ids, mask = tokenizer(["the dog [MASK] bread.", "a cat"], max_tokens=16)
@@ -262,17 +253,15 @@ def test_the_folder_gives_the_same_logits_in_transformers_and_here(trained, lm, 
         expected = theirs(input_ids=ids, attention_mask=mask.long()).logits[mask]
         found = lm.head(lm.model.encoder(ids, mask)[-1])[mask]
     assert torch.allclose(found, expected, atol=1e-5)
-    assert {t.dtype for t in load_file(trained / "model.safetensors").values()} == {torch.float16}
+    saved = load_file(trained / "model.safetensors")
+    assert {t.dtype for t in saved.values()} == {torch.float16}
+    assert lm.head.words is lm.model.encoder.words.weight and not any("decoder" in n for n in saved)
 
 
-def test_the_card_states_loss_steps_and_limits_and_the_state_is_gone(trained):
-    card = (trained / "README.md").read_text()
-    assert f"**{results_of(trained)['test']['held_out_loss']:.3f}**" in card
-    assert "15% of the tokens" in card and "in 400 steps" in card and "Limits:" in card
-    assert not (trained / "state.pt").exists()
-
-
-def test_dropout_that_simcse_needs_is_kept_and_positions_never_trained_are_a_mean(trained):
+def test_the_folder_has_a_card_the_dropout_of_simcse_and_a_mean_for_later_positions(trained):
+    card, loss = (trained / "README.md").read_text(), results_of(trained)["test"]["held_out_loss"]
+    assert f"**{loss:.3f}**" in card and "15% of the tokens" in card
+    assert "in 400 steps" in card and "Limits:" in card and not (trained / "state.pt").exists()
     assert json.loads((trained / "config.json").read_text())["hidden_dropout_prob"] == .1
     table = load_file(trained / "model.safetensors")["bert.embeddings.position_embeddings.weight"]
     assert len(table) == 512
@@ -339,16 +328,14 @@ def test_going_on_from_an_encoder_keeps_its_words_and_starts_where_it_was(traine
 
 def test_a_roberta_goes_on_under_its_own_names(trained, tokenizer, program, tmp_path):
     transformers = pytest.importorskip("transformers")
-    source = tmp_path / "roberta"
-    settings = transformers.RobertaConfig(
+    torch.manual_seed(0)
+    transformers.RobertaForMaskedLM(transformers.RobertaConfig(
         vocab_size=len(tokenizer.whole.get_vocab()), hidden_size=32, num_hidden_layers=2,
         num_attention_heads=2, intermediate_size=64, type_vocab_size=1,
-        max_position_embeddings=40, pad_token_id=0)
-    torch.manual_seed(0)
-    transformers.RobertaForMaskedLM(settings).save_pretrained(source)
-    shutil.copy(trained / "tokenizer.json", source)
+        max_position_embeddings=40, pad_token_id=0)).save_pretrained(tmp_path / "roberta")
+    shutil.copy(trained / "tokenizer.json", tmp_path / "roberta")
     theirs, loading = transformers.AutoModelForMaskedLM.from_pretrained(
-        program(from_=source, steps=2), output_loading_info=True)
+        program(from_=tmp_path / "roberta", steps=2), output_loading_info=True)
     assert type(theirs).__name__ == "RobertaForMaskedLM" and not loading["missing_keys"]
 
 

@@ -5,31 +5,20 @@ from dataclasses import dataclass
 
 import pytest
 
+from conftest import resolved
 from engine.flags import check_ranges, flag, seed_range
-from model import EncoderConfig
 from papers import METHODS
-from papers.settings import resolve
 
 
-def resolved(model_type="bert", width=768, columns=1, method="simcse", **given):
-    shape = EncoderConfig(model_type, 100, width, 12, 12, 4 * width)
-    return resolve(METHODS[method], given | {"method": method}, shape, columns=columns)
-
-
-@pytest.mark.parametrize("model_type, width, batch, rate", [
-    ("bert", 768, 64, 3e-5), ("bert", 1024, 64, 1e-5),
-    ("roberta", 768, 512, 1e-5), ("roberta", 1024, 512, 3e-5)])
-def test_unsupervised_defaults_are_those_of_simcses_table_a1(model_type, width, batch, rate):
-    config = resolved(model_type, width)
-    assert (config.batch_size, config.learning_rate, config.epochs) == (batch, rate, 1)
+@pytest.mark.parametrize("model_type, width, columns, expected", [
+    ("bert", 768, 1, (64, 3e-5, 1)), ("bert", 1024, 1, (64, 1e-5, 1)),
+    ("roberta", 768, 1, (512, 1e-5, 1)), ("roberta", 1024, 1, (512, 3e-5, 1)),
+    ("bert", 768, 2, (512, 5e-5, 3)), ("bert", 768, 3, (512, 5e-5, 3)),
+    ("bert", 1024, 2, (512, 1e-5, 3)), ("bert", 1024, 3, (512, 1e-5, 3))])
+def test_defaults_are_those_of_simcses_table_a1(model_type, width, columns, expected):
+    config = resolved("simcse", model_type, width, columns)
+    assert (config.batch_size, config.learning_rate, config.epochs) == expected
     assert (config.temperature, config.max_tokens, config.dropout) == (.05, 32, .1)
-
-
-@pytest.mark.parametrize("width, rate", [(768, 5e-5), (1024, 1e-5)])
-@pytest.mark.parametrize("columns", [2, 3])
-def test_supervised_defaults_are_those_of_simcses_table_a1(width, rate, columns):
-    config = resolved(width=width, columns=columns)
-    assert (config.batch_size, config.learning_rate, config.epochs) == (512, rate, 3)
 
 
 def test_the_head_is_dropped_without_labels_and_kept_with_them():

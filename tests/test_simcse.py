@@ -2,13 +2,12 @@
 
 import math
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data import Tokenizer, read_corpus, step_seed
+from data import Corpus, Tokenizer, read_corpus, step_seed
 from engine.encoders import load, load_masked_lm
 from losses import alignment, info_nce, uniformity
 from model import Encoder, EncoderConfig, SentenceEncoder
@@ -16,14 +15,10 @@ from papers.focal import focal_info_nce
 from papers.simcse import Config, Encoded, SimCSE, frozen, measures, own_hard_negative
 
 
-@dataclass(frozen=True)
-class Texts:
-    """As much of a corpus as a method looks at."""
-    columns: list[list[str]]
-
-
-SENTENCES = Texts([["a dog runs", "a cat sleeps", "an owl sees", "an elk walks"]])
-TRIPLES = Texts([[f"{side} {i}" for i in range(4)] for side in ("premise", "entailed", "denied")])
+SENTENCES = Corpus("animals", [["a dog runs", "a cat sleeps", "an owl sees", "an elk walks"]],
+                   None, "", 0)
+TRIPLES = Corpus("nli", [[f"{side} {i}" for i in range(4)]
+                         for side in ("premise", "entailed", "denied")], None, "", 0)
 
 
 def random_columns(V=2, B=2, D=3):
@@ -39,30 +34,19 @@ def method(corpus=SENTENCES, **settings):
 
 # ---- views and loss -------------------------------------------------------------------------
 
-def test_without_labels_the_positive_is_the_sentence_itself():
-    columns = method().views([2, 0], random.Random(0))
-    assert columns == [["an owl sees", "a dog runs"]] * 2
-
-
-def test_a_text_view_changes_the_positive_and_never_the_anchor():
+def test_the_positive_is_the_sentence_itself_or_changed_by_a_text_view_or_that_of_the_corpus():
+    assert method().views([2, 0], random.Random(0)) == [["an owl sees", "a dog runs"]] * 2
     anchor, positive = method(positives="delete-words", rate=.5).views([0, 1], random.Random(0))
     assert anchor == ["a dog runs", "a cat sleeps"] and positive != anchor
-
-
-def test_a_corpus_with_hard_negatives_is_used_whole():
     assert method(corpus=TRIPLES).views([3, 1], random.Random(0)) == [
         ["premise 3", "premise 1"], ["entailed 3", "entailed 1"], ["denied 3", "denied 1"]]
 
 
-def test_the_loss_is_info_nce_among_the_positives():
-    anchor, positive = random_columns()
-    assert method().loss(Encoded([anchor, positive], 1, 9)) == info_nce(anchor, positive)
-
-
-def test_hard_negatives_join_the_candidates():
-    a, p, h = random_columns(3)
-    expected = info_nce(a, torch.cat([p, h]))
-    assert method(corpus=TRIPLES).loss(Encoded([a, p, h], 1, 9)) == expected
+@pytest.mark.parametrize("corpus, V", [(SENTENCES, 2), (TRIPLES, 3)], ids=["sentences", "nli"])
+def test_the_loss_is_info_nce_among_positives_and_hard_negatives(corpus, V):
+    anchor, *others = columns = random_columns(V)
+    found = method(corpus=corpus).loss(Encoded(columns, 1, 9))
+    assert found == info_nce(anchor, torch.cat(others))
 
 
 def test_the_weight_of_hard_negatives_is_that_of_equation_8():
@@ -135,12 +119,9 @@ def test_the_term_is_added_and_the_contrastive_branch_sees_no_masks(with_words, 
                                            "masked_lm_loss": term.item()}, rel=1e-5)
 
 
-def test_with_no_token_masked_the_term_is_zero_and_not_nan(with_words):
+def test_with_no_token_masked_the_term_is_zero_and_with_no_weight_there_is_no_head(with_words):
     simcse, _, out = with_words(mlm_rate=0.)
     assert simcse.masked_lm_loss(out).item() == 0
-
-
-def test_weight_zero_needs_no_masked_lm_head_and_is_plain_simcse():
     assert not list(method().parameters()) and method().logs() == {}
 
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from conftest import at, resolved
 from data import Corpus
 from engine.flags import check_ranges
 from losses import info_nce
 from model import Encoder, EncoderConfig, Head, SentenceEncoder
 from papers import check
-from papers.settings import resolve
 from papers.simcse import Encoded
 from papers.sscl import SSCL, Config
 
@@ -44,13 +44,8 @@ def random_hidden(L=3, V=2, B=5, T=3, D=2, seed=0):
     return [torch.randn(V * B, T, D, dtype=torch.double) for _ in range(L + 1)]
 
 
-def at(*degrees):
-    """Unit vectors at these angles, each the only token of a sentence: (B, 1, 2)."""
-    turns = torch.tensor(degrees, dtype=torch.double).deg2rad()
-    return torch.stack([turns.cos(), turns.sin()], dim=1)[:, None]
-
-
-ANCHORS, POSITIVE, BELOW, NOT_READ = (0, 90), (10, 80), at(20, 70, 25, 60), at(1, 2, 3, 4)
+# Angles, each the only token of a sentence.
+ANCHORS, POSITIVE, BELOW, NOT_READ = (0, 90), (10, 80), (20, 70, 25, 60), (1, 2, 3, 4)
 
 
 # ---- the loss -------------------------------------------------------------------------------
@@ -61,7 +56,8 @@ ANCHORS, POSITIVE, BELOW, NOT_READ = (0, 90), (10, 80), at(20, 70, 25, 60), at(1
 def test_the_worked_example_with_layers_for_none_half_and_all_of_the_loss(
         positive, weight, expected):
     method = sscl(layers_as_negatives=1, layer_weight=weight)
-    found = method.loss(encoded([NOT_READ, NOT_READ, BELOW, at(*ANCHORS, *positive)]))
+    layers = (NOT_READ, NOT_READ, BELOW, (*ANCHORS, *positive))
+    found = method.loss(encoded([at(*layer)[:, None] for layer in layers]))
     assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-12)
 
 
@@ -135,7 +131,7 @@ def test_the_training_head_serves_all_layers_and_is_counted_once():
     assert not list(method.parameters()) and not list(method.buffers())
     hidden, seen = random_hidden(), []
     out = encoded(hidden, model)
-    head.register_forward_hook(lambda module, args, result: seen.append(args[0]))
+    head.register_forward_hook(lambda *call: seen.append(call[1][0]))
     method.loss(out)
     assert torch.equal(seen[0], hidden[2][:, 0]) and torch.equal(seen[1], hidden[1][:, 0])
 
@@ -161,33 +157,28 @@ def test_layers_in_bfloat16_are_compared_in_float32():
 @pytest.mark.parametrize("model_type, width, rate", [
     ("bert", 768, 3e-5), ("bert", 1024, 1e-5), ("roberta", 768, 1e-5), ("roberta", 1024, 1e-5)])
 def test_defaults_are_those_of_the_paper_and_its_code(model_type, width, rate):
-    shape = replace(SHAPE, model_type=model_type, width=width)
-    config = resolve(SSCL, {"method": "sscl"}, shape, columns=1)
+    config = resolved("sscl", model_type, width)
     assert (config.layers_as_negatives, config.layer_weight) == (2, .5)
     assert (config.learning_rate, config.batch_size, config.epochs) == (rate, 64, 1)
 
 
 def test_as_many_layers_as_lie_below_the_last_are_taken_and_more_refused(program, capsys):
     SSCL.check(SMALL, [CORPUS], SHAPE)
-    with pytest.raises(ValueError, match="--layers-as-negatives: expected at most 2, since mi"):
+    with pytest.raises(ValueError, match="--layers-as-negatives: expected at most 2, those be"):
         SSCL.check(replace(SMALL, layers_as_negatives=3), [CORPUS], SHAPE)
     with pytest.raises(SystemExit) as refused:                    # of a real encoder, two layers
         program(method="sscl", layers_as_negatives=2)
     assert refused.value.code == 2 and "expected at most 1" in capsys.readouterr().err
 
 
-def test_hard_negatives_are_refused_and_pairs_are_not():
+def test_hard_negatives_and_values_out_of_range_are_refused_and_pairs_are_not():
     check(SMALL, [replace(CORPUS, columns=CORPUS.columns * 2)], SHAPE)
     with pytest.raises(ValueError, match="--method sscl takes a corpus of 1 or 2 columns, found 3"):
         check(SMALL, [replace(CORPUS, columns=CORPUS.columns * 3)], SHAPE)
-
-
-@pytest.mark.parametrize("settings, said", [
-    (dict(layer_weight=1.1), "--layer-weight: expected 0 or more and at most 1, found 1.1"),
-    (dict(layers_as_negatives=-1), "--layers-as-negatives: expected 0 or more, found -1")])
-def test_values_out_of_range_are_refused(settings, said):
-    with pytest.raises(ValueError, match=said):
-        check_ranges(Config(**settings))
+    for name, value, said in (("layer_weight", 1.1, "0 or more and at most 1"),
+                              ("layers_as_negatives", -1, "0 or more")):
+        with pytest.raises(ValueError, match=f"expected {said}, found {value}"):
+            check_ranges(Config(**{name: value}))
 
 
 def test_a_run_logs_both_losses_and_saves_a_plain_encoder(program, tiny):

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import resolved
 from data import Corpus, Tokenizer, read_corpus, row_order
 from engine.encoders import load
 from losses import info_nce
 from model import Encoder, EncoderConfig, SentenceEncoder, encode
-from papers.settings import resolve
 from papers.simcse import Encoded
 from papers.twins import CHANGES, Config, Twins, innate_margin
 
@@ -92,8 +92,12 @@ def test_both_contrasts_of_the_worked_example(queue, twin, expected):
     assert loss.item() == pytest.approx(sum(found) / 2)
 
 
-def test_the_whole_loss_of_the_worked_example():
-    assert twins().loss(encoded()).item() == pytest.approx(.019569, abs=1e-6)
+def test_the_whole_loss_of_the_worked_example_and_its_log():
+    built = twins()
+    assert built.loss(encoded()).item() == pytest.approx(.019569, abs=1e-6)
+    log = built.logs()
+    assert log["gap"] == pytest.approx(.16) and log["innate_margin"] == pytest.approx(.175)
+    assert log["twins_loss"] == pytest.approx(.005850)
 
 
 def test_without_weight_queue_and_changed_text_it_is_simcse():
@@ -119,12 +123,6 @@ def test_gradient_reaches_all_three_columns_and_neither_margin_nor_queue():
     assert not list(built.parameters())
 
 
-def test_the_log_has_the_means_of_gap_and_margin():
-    built = twins()
-    built.loss(encoded())
-    log = built.logs()
-    assert log["gap"] == pytest.approx(.16) and log["innate_margin"] == pytest.approx(.175)
-    assert log["twins_loss"] == pytest.approx(.005850)
 
 
 # ---- the queue ------------------------------------------------------------------------------
@@ -159,8 +157,8 @@ def test_a_sentence_is_not_its_own_negative_when_it_comes_round_again():
 
 def test_the_queue_waits_for_five_hundred_steps():
     for step, waits in [(1, True), (500, True), (501, False)]:
-        found = twins().loss(encoded(step=step, steps=10))
-        assert (found == twins(queue=False).loss(encoded(step=step, steps=10))) == waits
+        found, plain = (twins(queue=queue).loss(encoded(step=step)) for queue in (True, False))
+        assert (found == plain) == waits
 
 
 @pytest.mark.parametrize("settings, short", [
@@ -257,24 +255,18 @@ def test_margins_are_measured_of_all_rows_that_are_trained_on(steps, rows):
 # ---- as users see it ------------------------------------------------------------------------
 
 def test_our_defaults():
-    for kind, expected in {("bert", 768): (64, 3e-5), ("roberta", 768): (128, 1e-5),
-                           ("bert", 256): (128, 1e-5)}.items():
-        shape = EncoderConfig(*kind[:1], 7, kind[1], 12, 12, 5)
-        config = resolve(Twins, {"method": "twins"}, shape, columns=1)
-        assert (config.batch_size, config.learning_rate) == expected
+    for *kind, batch, rate in (("bert", 768, 64, 3e-5), ("roberta", 768, 128, 1e-5),
+                               ("bert", 256, 128, 1e-5)):
+        config = resolved("twins", *kind)
+        assert (config.batch_size, config.learning_rate) == (batch, rate)
     assert (Config().twins_weight, Config().queue_batches) == (1, 2)
 
 
-@pytest.fixture
-def train(program):
-    return partial(program, method="twins", steps=8)
-
-
 @pytest.mark.parametrize("flag", [(), ("--dry-run",)])
-def test_vectors_of_the_corpus_are_no_teacher_of_changed_texts(train, tmp_path, capsys, flag):
+def test_vectors_of_the_corpus_are_no_teacher_of_changed_texts(program, tmp_path, capsys, flag):
     numpy.save(tmp_path / "rows.npy", numpy.ones((64, 8), "f4"))
     with pytest.raises(SystemExit) as refused:
-        train(*flag, teacher=tmp_path / "rows.npy")
+        program(*flag, method="twins", steps=8, teacher=tmp_path / "rows.npy")
     said = capsys.readouterr().err.splitlines()[-1]
     assert refused.value.code == 3 and said.startswith("mincse.py: --teacher ")
     assert "expected vectors of changed sentences as well, found those of " in said

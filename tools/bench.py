@@ -6,15 +6,14 @@ How fast is it here?
     python -m tools.bench --device cuda --encoder bert-base --only train --batch-size 512 --steps 50
     python -m tools.bench --only methods --encoder mini    # a step of each paper beside SimCSE's
 
-Beside sentence-transformers and its SimCSE recipe where that is installed (with `datasets` and
-`accelerate`, which its trainer needs): same weights, [CLS] pooling, sentences, batch size, threads.
-Each library has a process of its own, so that the peak of memory is its own, and the two take
-turns, so that a machine that is busy for a while slows both. A time is the median of its turns,
-a ratio that of two medians.
+sentence-transformers is measured too where it is installed (with `datasets` and `accelerate` for
+training): same weights, [CLS] pooling, sentences, batch size, threads. Each library has a process
+and so a memory peak of its own; they take turns, so that a busy machine slows both. A time is the
+median of the turns.
 
     same     both in `--precision`, both cut at `--max-tokens`
-    usual    what each does if told the batch size only: precision auto and 32 tokens here, float32
-             and as many tokens as the encoder has positions there
+    usual    told the batch size only: precision auto and 32 tokens here, float32 and as many tokens
+             as the encoder has positions there
 """
 
 import argparse
@@ -25,11 +24,12 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -42,23 +42,24 @@ from engine.flags import count, exits, pick_device, wants_bf16
 from engine.hub import data_file, encoder_folder
 from engine.pieces import peak_memory
 from engine.run_folder import environment
+from engine.tables import markdown
 from engine.texts import read_lines
 from eval_sts import Encode, open_encoder, read_test
 from model import Encoder, SentenceEncoder, encode
 from papers import METHODS
 
 ROOT = Path(__file__).parent.parent
-# Shapes with random weights and the vocabulary of `mini`: the speed is that of trained ones.
+# Shapes with random weights, which are as fast as trained ones, and the vocabulary of `mini`.
 SHAPES = {"bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
                         "intermediate_size": 3072}}
-Turn = Callable[[], None]             # ends the turn: its time is taken, the other side plays
+Turn = Callable[[], None]             # ends a turn: takes its time, lets the other library work
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is measured: a line of the table, for both libraries."""
+    """A line of the table: what is measured, for both libraries."""
     what: str                                                     # train, encode or evaluate
-    usual: bool                                                   # told the batch size only
+    usual: bool                                                   # see the top of this page
     encoder: Path
     corpus: Path                                                  # one sentence a line
     given: argparse.Namespace                                     # the command line
@@ -75,8 +76,6 @@ class Task:
             turn()
 
 
-# ---- ours: each returns the sentences, or pairs, of a turn ----------------------------------
-
 def train_ours(task: Task, turn: Turn) -> int:
     given = task.given
     own = {} if task.usual else {"max_tokens": given.max_tokens, "precision": given.precision}
@@ -87,11 +86,7 @@ def train_ours(task: Task, turn: Turn) -> int:
     job.method.prepare(job.encode)
     loop = mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1)
 
-    def work():
-        for _ in range(given.steps):                              # nothing of a step is kept
-            next(loop)
-
-    task.repeat(work, turn)
+    task.repeat(lambda: deque(islice(loop, given.steps), maxlen=0), turn)     # keeps no step
     return given.steps * given.batch_size
 
 
@@ -101,24 +96,22 @@ def encode_ours(task: Task, turn: Turn) -> int:
 
 
 def evaluate_ours(task: Task, turn: Turn) -> int:
-    # Without alignment and uniformity, which theirs does not tell.
+    # Theirs computes no alignment and uniformity.
     test = replace(read_test("sts", task.given.data), geometry_of={})
     task.repeat(partial(test.score, encoder_of(task)), turn)
     return sum(len(pairs) for subsets in test.tasks.values() for pairs in subsets.values())
 
 
 def encoder_of(task: Task) -> Encode:
-    """N sentences -> (N, D), as `eval_sts.py` encodes them."""
+    """N sentences -> (N, D), as eval_sts.py encodes them."""
     model, tokenizer = open_encoder(task.encoder)
     return partial(encode, model.to(task.given.device), tokenizer,
                    batch_size=task.given.batch_size, max_tokens=task.given.max_tokens,
                    precision=torch.bfloat16 if task.given.precision == "bf16" else torch.float32)
 
 
-# ---- theirs ---------------------------------------------------------------------------------
-
 def model_of(task: Task):
-    """The same weights as a SentenceTransformer."""
+    """A SentenceTransformer of the same weights."""
     from sentence_transformers import SentenceTransformer
     model = SentenceTransformer(str(task.encoder), device=task.given.device)
     if not task.usual:
@@ -129,7 +122,7 @@ def model_of(task: Task):
 
 
 def train_theirs(task: Task, turn: Turn) -> None:
-    """Their recipe of unsupervised SimCSE: every sentence with itself, in-batch negatives."""
+    """Their recipe of SimCSE: every sentence is its own positive, the others its negatives."""
     from datasets import Dataset
     from sentence_transformers import (SentenceTransformerTrainer as Trainer,
                                        SentenceTransformerTrainingArguments as Arguments)
@@ -170,13 +163,10 @@ OURS = {"train": train_ours, "encode": encode_ours, "evaluate": evaluate_ours}
 THEIRS = {"train": train_theirs, "encode": encode_theirs, "evaluate": evaluate_theirs}
 
 
-# ---- taking turns ---------------------------------------------------------------------------
-
 def play(pipe, work: Callable, task: Task) -> None:
-    """A process of its own: sends the seconds of each stretch, waits for its turn before the next.
+    """A process that sends the seconds of loading and warming up, then of every turn.
 
-    The first stretch is loading and warming up. At the end come peak memory and what `work`
-    returns.
+    At the end come peak memory and what `work` returns.
     """
     torch.set_num_threads(task.given.threads)
     sys.stdout = sys.stderr                                       # the table stays alone there
@@ -195,7 +185,7 @@ def play(pipe, work: Callable, task: Task) -> None:
 
 
 def compare(turns: int, *sides: tuple[Callable, Task]) -> list[tuple[float, str, int | None]]:
-    """Seconds of a turn, peak memory, sentences: of pieces of work, turn about: A B A B ..."""
+    """Median seconds of a turn, peak memory and sentences of every side; they take turns."""
     context, pipes = multiprocessing.get_context("spawn"), []
     for work, task in sides:
         pipe, end = context.Pipe()
@@ -214,41 +204,28 @@ def compare(turns: int, *sides: tuple[Callable, Task]) -> list[tuple[float, str,
     return [(statistics.median(taken), *pipe.recv()) for taken, pipe in zip(seconds, pipes)]
 
 
-# ---- the table ------------------------------------------------------------------------------
-
 def make_encoder(name: str, folder: Path) -> Path:
-    """`mini` with [CLS] pooling in float32, or a shape with random weights."""
+    """A folder with [CLS] pooling in float32: a shape with random weights, or any encoder."""
     made = folder / Path(name).name
     if name not in SHAPES:
-        save(open_encoder(encoder_folder(name), pooling="cls")[0], made)
-        return made
-    made.mkdir()
-    shape = json.loads((ROOT / "mini" / "config.json").read_text()) | SHAPES[name]
-    (made / "config.json").write_text(json.dumps(shape))
-    shutil.copy(ROOT / "mini" / "tokenizer.json", made)
-    save(SentenceEncoder(Encoder(read_config(made)), pooling="cls"), made)
+        model = open_encoder(encoder_folder(name), pooling="cls")[0]
+    else:
+        made.mkdir()
+        shape = json.loads((ROOT / "mini" / "config.json").read_text()) | SHAPES[name]
+        (made / "config.json").write_text(json.dumps(shape))
+        shutil.copy(ROOT / "mini" / "tokenizer.json", made)
+        model = SentenceEncoder(Encoder(read_config(made)), pooling="cls")
+    save(model, made)
     return made
 
 
-def write_corpus(given: argparse.Namespace, path: Path) -> Path:
-    """The first sentences of Wikipedia, or the built-in ones."""
-    lines = (read_lines(data_file(data.CORPORA["wiki1m"], given.data)) if given.data
-             else doc_sentences())
-    path.write_text("".join(line.strip() + "\n" for line in islice(lines, given.sentences)))
-    return path
-
-
-def lines_of_table(task: Task) -> Iterator[Task]:
-    """What the first table has a line for."""
-    for what, usual in (("train", True), ("train", False), ("encode", False), ("evaluate", False)):
-        # On 26,126 sentences a large shape would be busy for most of an hour.
-        small = task.given.data and task.encoder.name not in SHAPES
-        if what in task.given.only and (what != "evaluate" or small):
-            yield replace(task, what=what, usual=usual)
-
-
-COLUMNS = ["sentences (pairs) a second", "encoder", "mincse", "memory", "sentence-transformers",
-           "memory", "ratio"]
+def table_lines(task: Task) -> list[Task]:
+    """The lines of the first table for one encoder."""
+    # On the 26,126 sentences of the STS tasks a large shape would be busy for most of an hour.
+    small = task.given.data and task.encoder.name not in SHAPES
+    lines = [("train", True), ("train", False), ("encode", False), ("evaluate", False)]
+    return [replace(task, what=what, usual=usual) for what, usual in lines
+            if what in task.given.only and (what != "evaluate" or small)]
 
 
 def row_of(task: Task) -> list[str]:
@@ -271,40 +248,33 @@ def they_are_here(what: str) -> bool:
 # Those that read plain sentences, and need no head that the measured folders lack (diffcse's).
 TIMED = [name for name in METHODS
          if name not in ("infocse", "diffcse", "core-tuning", "fedrcl", "pnr")]
-METHOD_COLUMNS = ["method", "encoder", "sentences a second", "memory", "time against simcse's"]
 
 
 def method_row(name: str, task: Task) -> list[str]:
-    """A paper's steps beside SimCSE's; its work before the first step is not in the turns."""
-    settings = {"method": name}
-    if hasattr(METHODS[name].Config, "teacher"):
-        settings["teacher"] = str(task.encoder)
+    """The steps of a paper beside SimCSE's; its work before the first step is not in the turns."""
+    teacher = {"teacher": str(task.encoder)} if hasattr(METHODS[name].Config, "teacher") else {}
     (its, memory, sentences), (plain, *_) = compare(
-        task.given.turns, (train_ours, replace(task, settings=settings)), (train_ours, task))
+        task.given.turns, (train_ours, replace(task, settings={"method": name, **teacher})),
+        (train_ours, task))
     return [name, task.encoder.name, f"{sentences / its:.0f}", memory, f"{its / plain:.2f}"]
-
-
-def print_table(head: list[str], rows: Iterable[list[str]]) -> None:
-    """Line by line, as they are measured."""
-    for cells in chain([head, ["---", "---", *["--:"] * (len(head) - 2)]], rows):
-        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     top = argparse.ArgumentParser(prog="bench.py", description="Measure speed and memory here.")
     top.add_argument("--encoder", nargs="+", default=["mini", "bert-base"],
-                     help="mini, bert-base (random weights), a folder or a Hub id [mini bert-base]")
+                     help="mini, bert-base (random weights), folders or Hub ids [mini bert-base]")
     top.add_argument("--only", nargs="+", choices=[*OURS, "methods"], default=[*OURS],
-                     help="[all but methods]")
+                     help="lines to measure [all but methods]")
     top.add_argument("--data", type=Path, help="folder with wiki1m and senteval/ [built-in docs]")
-    top.add_argument("--batch-size", type=count, default=64, help="[64]")
-    top.add_argument("--max-tokens", type=count, default=32, help="where both cut, if `same` [32]")
-    top.add_argument("--precision", choices=["fp32", "bf16"], help="of both, if `same` [auto]")
-    top.add_argument("--device", default="auto", help="auto, cpu, cuda [auto]")
-    top.add_argument("--threads", type=count, default=torch.get_num_threads(), help="[all]")
-    top.add_argument("--turns", type=count, default=3, help="of each library [3]")
-    top.add_argument("--steps", type=count, default=4, help="of training in a turn [4]")
-    top.add_argument("--sentences", type=count, default=1000, help="to train on and encode [1000]")
+    top.add_argument("--precision", choices=["fp32", "bf16"], help="number format of `same` [auto]")
+    top.add_argument("--device", default="auto", help="device: auto, cpu, cuda [auto]")
+    for name, default, text in (
+            ("--batch-size", 64, "sentences of a batch"), ("--turns", 3, "turns of each library"),
+            ("--max-tokens", 32, "tokens of a sentence, if `same`"),
+            ("--steps", 4, "steps of training in a turn"),
+            ("--sentences", 1000, "sentences to train on and encode"),
+            ("--threads", torch.get_num_threads(), "processor threads")):
+        top.add_argument(name, type=count, default=default, help=f"{text} [{default}]")
     return top.parse_args(argv)
 
 
@@ -316,18 +286,22 @@ def main(argv: list[str] | None = None) -> None:
     given.precision = given.precision or ("bf16" if wants_bf16("auto", device) else "fp32")
     torch.set_num_threads(given.threads)
     machine = environment()
-    print(f"{machine['gpu'] if device.type == 'cuda' else machine['processor']}, {given.threads} "
-          f"thread(s), torch {machine['torch']}, {given.precision}, batches of "
-          f"{given.batch_size}.\n")
+    print(f"{machine['gpu' if device.type == 'cuda' else 'processor']}, {given.threads} thread(s), "
+          f"torch {machine['torch']}, {given.precision}, batches of {given.batch_size}.\n")
     with tempfile.TemporaryDirectory() as folder, exits(3):
-        corpus = write_corpus(given, Path(folder) / "sentences.txt")
+        corpus = Path(folder) / "sentences.txt"
+        lines = (read_lines(data_file(data.CORPORA["wiki1m"], given.data)) if given.data
+                 else doc_sentences())
+        corpus.write_text("".join(line.strip() + "\n" for line in islice(lines, given.sentences)))
         tasks = [Task("train", True, make_encoder(name, Path(folder)), corpus, given)
                  for name in given.encoder]
         if {*given.only} & {*OURS}:
-            print_table(COLUMNS, (row_of(line) for task in tasks for line in lines_of_table(task)))
+            head = ["sentences (pairs) a second", "encoder", "mincse", "memory",
+                    "sentence-transformers", "memory", "ratio"]
+            print(markdown([head, *(row_of(line) for task in tasks for line in table_lines(task))]))
         if "methods" in given.only:
-            print_table(METHOD_COLUMNS, (method_row(name, task) for task in tasks
-                                         for name in TIMED))
+            head = ["method", "encoder", "sentences a second", "memory", "time against simcse's"]
+            print(markdown([head, *(method_row(name, task) for task in tasks for name in TIMED)]))
 
 
 if __name__ == "__main__":

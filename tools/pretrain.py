@@ -5,13 +5,12 @@ Where does a pre-trained encoder come from? From plain text to a masked language
     python -m tools.pretrain --corpus wiki_docs --data FOLDER         # an encoder like mini
     python -m tools.pretrain --from bert-base-uncased --corpus my_texts.txt --learning-rate 1e-4
 
-A word is hidden, the words around it must tell which it was, and nobody had to label anything
-(Devlin et al. 2019). [CLS], of which a sentence encoder is made, must tell them all: `bag_loss`.
-The folder that a run leaves is an `--encoder` of mincse.py. Read `guess` and `train` first;
-words.py has vocabulary and sequences.
+The words around a hidden word must tell it (Devlin et al. 2019), and [CLS] must tell them all:
+`bag_loss`. The folder of a run is an `--encoder` of mincse.py. In reading order: from text to
+tokens, from counts to word embeddings, `guess`, `train`, a run.
 
-A session ends at Ctrl-C or a signal (timeout -s INT 2h python -m tools.pretrain ...), which saves,
-or with the machine; --resume goes on from the last save, or score, as if nothing had happened.
+Ctrl-C or a signal (timeout -s INT 2h python -m tools.pretrain ...) saves and ends a session;
+--resume goes on from the last save with the same numbers.
 Exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 130 interrupted, saved.
 """
 
@@ -19,15 +18,18 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from scipy import sparse
+from scipy.sparse.linalg import eigsh
 from torch import Tensor
 from tqdm import tqdm
 
@@ -35,15 +37,12 @@ import data
 from data import step_seed
 from engine import encoders, run_folder
 from engine.files import write_json, write_text
-from engine.flags import (
-    Stop, add_flags, check_ranges, command, complain, exits, flag, pick_device, program, wants_bf16,
-)
+from engine.flags import (Stop, add_flags, check_ranges, command, complain, exits, flag,
+                          pick_device, program, wants_bf16)
 from engine.hub import encoder_folder
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
-from tools.words import (
-    Sequences, positive_pmi, streams, svd_embeddings, tokenizer_files, train_tokenizer,
-)
 
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 POSITIONS = 512                       # what readers expect of an encoder like BERT
 COUNTED = 10_000_000                  # tokens, for `--init svd`: a minute or two on one core
 WARM_UP = 0.03                        # share of the run
@@ -59,36 +58,133 @@ class Config:
     layers: int = flag(4, "what to train", "layers of the encoder", least=1)
     width: int = flag(256, "what to train", "width D; inside a layer four times that", least=1)
     heads: int = flag(4, "what to train", "heads of attention", least=1)
-    corpus: str = flag("docs", "data", "docs, wiki_docs, or a .txt; blank lines end documents")
+    corpus: str = flag("docs", "data", "text: docs, wiki_docs or a .txt; blank lines end documents")
     data: str = flag("", "data", "folder with own copies of the data (or MINCSE_DATA)")
     max_tokens: int = flag(64, "data", "tokens of a sequence", least=8, most=POSITIONS)
     mask_rate: float = flag(0.2, "data", "share of the tokens to be guessed", above=0, below=1)
     steps: int = flag(15_000, "optimisation", "length of the run", least=1)
     batch_size: int = flag(64, "optimisation", "sequences a step", least=1)
-    optimizer: str = flag("muon", "optimisation", "optimizer of the layers' matrices, muon with "
-                          "torch 2.9 or newer; AdamW has the rest", ["muon", "adamw"])
-    learning_rate: float = flag(1.2e-3, "optimisation", "peak: see `schedule`", above=0)
+    optimizer: str = flag("muon", "optimisation", "optimizer of the layers' matrices; AdamW has "
+                          "the rest; muon needs torch 2.9 or newer", ["muon", "adamw"])
+    learning_rate: float = flag(1.2e-3, "optimisation", "peak of the learning rate", above=0)
     dropout: float = flag(0.0, "optimisation", "dropout while pre-training", least=0, below=1)
-    weight_decay: float = flag(0.01, "optimisation", "AdamW's, of matrices; Muon's is 0.1", least=0)
-    bag_weight: float = flag(1.0, "optimisation", "weight of `bag_loss`: [CLS] tells all", least=0)
+    weight_decay: float = flag(0.01, "optimisation", "AdamW's decay; Muon's is 0.1", least=0)
+    bag_weight: float = flag(1.0, "optimisation", "weight of `bag_loss`", least=0)
     clip: float = flag(1.0, "optimisation", "largest gradient norm", above=0)
     seed: int = flag(42, "optimisation", "seed of everything random", least=0)
     dev_every: int = flag(500, "output", "steps between saves, with a held-out score", least=1)
     out: str = flag("runs/pretrained", "output", "folder for the encoder")
-    device: str = flag("auto", "system", "auto, cpu, cuda, mps")
-    precision: str = flag("auto", "system", "auto: bf16 where the processor is built for it",
+    device: str = flag("auto", "system", "device: auto, cpu, cuda, mps")
+    precision: str = flag("auto", "system", "number format; auto: bf16 where it is fast",
                           ["auto", "fp32", "bf16"])
     threads: int = flag(0, "system", "processor threads; 0: all", least=0)
 
 
-# ---- the model and its training -------------------------------------------------------------
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json of BERT's uncased WordPiece; a second training may number pieces anew."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    # Without a limit, the letters of the world's scripts take the place of English words.
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, limit_alphabet=1000, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.decoder = tokenizers.decoders.WordPiece()
+    return tokenizer.to_str()
+
+
+def tokenizer_files(tokenizer_json: str, max_tokens: int) -> dict[str, bytes]:
+    """The files from which transformers reads the tokenizer."""
+    about = {"tokenizer_class": "BertTokenizer", "do_lower_case": True,
+             "model_max_length": max_tokens,
+             **{f"{name[1:-1].lower()}_token": name for name in SPECIAL}}
+    return {"tokenizer.json": tokenizer_json.encode(),
+            "tokenizer_config.json": json.dumps(about).encode()}
+
+
+def streams(corpus: data.Corpus, tokenizer: data.Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the documents to train on and of those held out, [SEP] after each document.
+
+    Every hundredth document is held out; of fewer than a thousand, ten are.
+    """
+    documents = corpus.documents or range(len(corpus))
+    every = min(100, max(2, (documents[-1] + 1) // 10))
+    end, pieces = tokenizer.whole.encode("").ids[-1], ([], [])
+    small = np.min_scalar_type(tokenizer.vocab_size - 1)          # two bytes a token, mostly
+    for start in range(0, len(corpus), 4096):
+        texts = corpus.columns[0][start : start + 4096]
+        rows = tokenizer.whole.encode_batch_fast(texts, add_special_tokens=False)
+        for i, row in enumerate(rows, start=start):
+            last = i + 1 == len(corpus) or documents[i + 1] != documents[i]
+            held_out = documents[i] % every == every - 1
+            pieces[held_out].append(np.array(row.ids + [end] * last, dtype=small))
+    return tuple(np.concatenate(its_own or [np.empty(0, small)]) for its_own in pieces)
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A stream cut into N sequences of T tokens, [CLS] and [SEP] around each: no padding."""
+    stream: np.ndarray
+    tokenizer: data.Tokenizer
+    max_tokens: int                                               # T
+
+    def __len__(self) -> int:
+        return len(self.stream) // (self.max_tokens - 2)
+
+    def __call__(self, rows: list[int]) -> Tensor:                # B numbers -> (B, T)
+        inner = self.max_tokens - 2
+        cut = self.stream[: len(self) * inner].reshape(-1, inner)[rows]           # (B, T - 2)
+        first, last = (np.full((len(rows), 1), i) for i in self.tokenizer.whole.encode("").ids)
+        return torch.from_numpy(np.concatenate([first, cut.astype(np.int64), last], axis=1))
+
+    def masked(self, rows: list[int], *, rate: float, seed: int) -> tuple[Tensor, Tensor]:
+        """Inputs and labels, (B, T) each.
+
+        A low rate teaches little a step, a high one leaves little to guess from (Wettig et al.
+        2023). One masked token in five is another word or itself, as real sentences hold no [MASK].
+        """
+        return self.tokenizer.mask(self(rows), rate=rate, seed=seed)
+
+
+def positive_pmi(stream: np.ndarray, vocab_size: int, window: int = 5) -> sparse.csr_matrix:
+    """How much more often than by chance do two words meet within the window?      -> (V, V)
+
+        max(0, log p(a, b) / (p(a) p(b)))       Church & Hanks 1990
+    """
+    counts = sparse.csr_matrix((vocab_size, vocab_size), dtype=np.float32)
+    for piece in np.array_split(stream.astype(np.int32), 1 + len(stream) // 2_000_000):
+        for gap in range(1, window + 1):
+            pairs = piece[:-gap], piece[gap:]
+            counts += sparse.csr_matrix((np.ones(len(pairs[0]), np.float32), pairs), counts.shape)
+    counts = (counts + counts.T).tocoo()
+    of_word = np.asarray(counts.sum(axis=0)).ravel()                              # (V,)
+    pmi = np.log(counts.data * of_word.sum() / (of_word[counts.row] * of_word[counts.col]))
+    more = pmi > 0
+    return sparse.csr_matrix((pmi[more], (counts.row[more], counts.col[more])), counts.shape)
+
+
+def svd_embeddings(pmi: sparse.csr_matrix, width: int) -> np.ndarray:             # (V, D)
+    """Word embeddings in which words that meet the same words point the same way.
+
+    Truncated SVD (Levy, Goldberg & Dagan 2015): U √Σ, centred, every row of length 0.6 or, of a
+    word that met no other, 0.
+    """
+    if width >= pmi.shape[0]:
+        raise ValueError(f"--init svd: expected more than --width {width} word pieces, found "
+                         f"{pmi.shape[0]}: use more text, a smaller --width, or --init random")
+    # A symmetric matrix needs one side only: its singular values are its eigenvalues' sizes.
+    values, vectors = eigsh(pmi, k=width, v0=np.ones(pmi.shape[0], pmi.dtype), tol=1e-2)
+    x = vectors * np.sqrt(np.abs(values))
+    met = pmi.getnnz(axis=1) > 0
+    x[met] -= x[met].mean(axis=0)
+    return 0.6 * x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-9) * met[:, None]
+
 
 class MaskedLM(nn.Module):
-    """An encoder, and a head that guesses words with the encoder's own word embeddings.
-
-    Reading a word and guessing it both need what it means, so they share one table: what one
-    learns serves the other, and `mini` would be half as large again with a second table.
-    """
+    """An encoder, and a head that guesses words with the encoder's own word embeddings."""
 
     def __init__(self, model: SentenceEncoder, head: MaskedLMHead):
         super().__init__()
@@ -96,9 +192,9 @@ class MaskedLM(nn.Module):
         head.words = model.encoder.words.weight
 
     def guess(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """At the M tokens asked for logits (M, V) and answers (M,); what [CLS] says, (B, V).
+        """Logits (M, V) and answers (M,) of the M masked tokens; logits (B, V) of [CLS].
 
-        Only they are computed in the last layer and in the head, whose V columns are costly.
+        The last layer and the head compute only these, as the head's V columns are costly.
         """
         *layers, last = self.model.encoder.layers
         x = self.model.encoder.embed(ids, torch.ones_like(ids, dtype=torch.bool))
@@ -113,24 +209,20 @@ class MaskedLM(nn.Module):
 
 
 def bag_loss(summary: Tensor, ids: Tensor, labels: Tensor) -> Tensor:   # (B, V), (B, T), (B, T)
-    """How well does [CLS] tell which words its sequence is made of, in whatever order?
+    """How well does [CLS] tell the words of its sequence, in whatever order?
 
         mean over the words of -log softmax(summary)[word]
 
-    A masked LM asks nothing of [CLS], which becomes a place to look at for heads that look for
-    nothing. But SimCSE starts from its vector. Asked for all the words at once, it has to gather
-    what the whole is about. After DupMAE (Xiao et al. 2023), where [CLS] helps to rebuild the text
-    and the other tokens tell its bag of words; to ask [CLS] for the bag is ours.
+    A masked LM asks nothing of [CLS], but SimCSE starts from its vector: asked for all words at
+    once, it must gather what the sequence is about. In DupMAE (Xiao et al. 2023) the other tokens
+    tell the bag of words; to ask [CLS] for it is ours.
     """
     words = torch.where(labels == -100, ids, labels)[:, 1:-1]     # (B, T - 2), before masking
     return -summary.log_softmax(dim=1).gather(1, words).mean()
 
 
 def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None) -> MaskedLM:
-    """The encoder before step 1; where `counted` tokens are given, its words come from their SVD.
-
-    Its config.json keeps BERT's dropout, which SimCSE's two views are made of.
-    """
+    """The model before step 1; its word embeddings start from the SVD of `counted` tokens."""
     if config.from_:
         folder = encoder_folder(config.from_)
         model = encoders.load(folder, dropout=config.dropout)
@@ -145,7 +237,7 @@ def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None)
                           4 * config.width, positions=POSITIONS, pad_id=tokenizer.pad_id)
     encoder = Encoder(replace(shape, dropout=config.dropout, attention_dropout=config.dropout))
     model = SentenceEncoder(encoder, files=tokenizer_files(tokenizer.json, POSITIONS))
-    model.config = shape
+    model.config = shape                  # config.json keeps the dropout that SimCSE needs
     if counted is not None:
         vectors = svd_embeddings(positive_pmi(counted, shape.vocab_size), config.width)   # (V, D)
         met = torch.from_numpy(vectors.any(axis=1))               # (V,), others stay as drawn
@@ -153,11 +245,10 @@ def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None)
     return MaskedLM(model, MaskedLMHead(shape, encoder.words.weight))
 
 
+@dataclass(frozen=True)
 class Together:
-    """Optimizers, each for its own parameters, that step and are saved as one."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
+    """Optimizers of different parameters that step and are saved as one."""
+    optimizers: list[torch.optim.Optimizer]
 
     @property
     def param_groups(self) -> list[dict]:
@@ -180,38 +271,32 @@ class Together:
 
 
 def make_optimizer(lm: MaskedLM, config: Config) -> Together:
-    """Muon for the matrices of the layers, AdamW for the rest, of which matrices are pulled to 0.
+    """Muon for the matrices of the layers, AdamW for the rest, whose matrices decay.
 
-    The gradient of a matrix mostly points in a few directions, and Adam, which scales every entry
-    on its own, goes there too. Muon (Jordan et al. 2024) moves all directions by the same amount:
-    what is rare is learned as fast as what is frequent. Scaled to the size of Adam's steps, it
-    takes the same learning rate (Liu et al. 2025, "Muon is scalable", section 2.2). Word embeddings
-    are a lookup table and no map from vector to vector, so AdamW keeps them.
+    The gradient of a matrix mostly points in a few directions, and so does Adam's step. Muon
+    (Jordan et al. 2024) moves all directions by the same amount, so rare things are learned as fast
+    as frequent ones. At the size of Adam's steps it takes the same learning rate (Liu et al. 2025).
+    Word embeddings are no map from vector to vector, so AdamW keeps them.
     """
     inside = [p for p in lm.model.encoder.layers.parameters() if p.ndim > 1]
     muons = set(inside) if config.optimizer == "muon" else set()
     rest = [p for p in lm.parameters() if p not in muons]
     groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
               {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
-    if not muons:
-        return Together(adamw)
-    return Together(adamw, torch.optim.Muon(inside, momentum=0.95, weight_decay=0.1,
-                                            adjust_lr_fn="match_rms_adamw"))
+    made = [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)]
+    if muons:
+        made.append(torch.optim.Muon(inside, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    return Together(made)
 
 
 def schedule(done: float) -> float:
-    """Share of the peak learning rate: up during the first 3 % of the run, then down to 0.
-
-    With the norm after every sum (post-norm), gradients near the output are large at first, so the
-    rate has to start low (Xiong et al. 2020).
-    """
+    """Share of the peak rate: low at first, for post-norm (Xiong et al. 2020), and 0 at the end."""
     return max(0.0, min(done / WARM_UP, (1 - done) / (1 - WARM_UP)))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on what."""
+    """What a run trains, and with what."""
     config: Config
     lm: MaskedLM
     optimizer: Together
@@ -245,13 +330,12 @@ def train(job: Job, *, first: int) -> Iterator[tuple[int, Tensor]]:
 
 @torch.no_grad()
 def held_out(lm: MaskedLM, text: Sequences) -> dict[str, float]:
-    """On text never trained on: mean cross-entropy, share of tokens guessed right, loss of [CLS].
+    """Mean cross-entropy, share of tokens guessed right and bag loss on text never trained on.
 
-    The same 15 % of the same tokens every time, BERT's 80/10/10; in float32, without dropout.
+    The same 15 % of the same tokens are masked every time; in float32, without dropout.
     """
     lm.eval()
-    total, right, bag, count = 0.0, 0, 0.0, 0
-    most = min(HELD_OUT, len(text))
+    total, right, bag, count, most = 0.0, 0, 0.0, 0, min(HELD_OUT, len(text))
     rows = [i * len(text) // most for i in range(most)]           # evenly spaced
     for start in range(0, most, 64):
         batch = text.masked(rows[start : start + 64], rate=HELD_OUT_RATE, seed=start)
@@ -266,16 +350,24 @@ def held_out(lm: MaskedLM, text: Sequences) -> dict[str, float]:
             "held_out_bag_loss": bag}
 
 
-# ---- a run ----------------------------------------------------------------------------------
+def check_shape(config: Config) -> None:
+    """Refuse settings whose ranges are right, but that do not work together or here."""
+    if config.width % config.heads:
+        raise ValueError(f"--width: expected a multiple of --heads, {config.heads}, found "
+                         f"{config.width}")
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError("--optimizer muon: expected torch 2.9 or newer, found "
+                         f"{torch.__version__}: use --optimizer adamw")
+
 
 def prepare(config: Config, corpus: data.Corpus, device: torch.device, *, resumed: bool) -> Job:
     """Tokenizer, sequences, model and optimizer before step 1."""
     if len(corpus.columns) > 1:
-        raise ValueError(f"{config.corpus}: expected running text, one column, found "
-                         f"{len(corpus.columns)}; choose a .txt file")
+        raise ValueError(f"{config.corpus}: expected one column, found {len(corpus.columns)}; "
+                         "choose a .txt file")
     if resumed or config.from_:
-        folder = Path(config.out) if resumed else encoder_folder(config.from_)
-        tokenizer = data.Tokenizer.read(folder)
+        source = Path(config.out) if resumed else encoder_folder(config.from_)
+        tokenizer = data.Tokenizer.read(source)
     else:
         tokenizer = data.Tokenizer(train_tokenizer(corpus.columns[0], config.vocab_size))
     text, other = (Sequences(stream, tokenizer, config.max_tokens)
@@ -289,28 +381,32 @@ def prepare(config: Config, corpus: data.Corpus, device: torch.device, *, resume
     return Job(config, lm, make_optimizer(lm, config), text, other, device)
 
 
-def begin(job: Job, folder: Path, corpus: data.Corpus, sources: dict) -> run_folder.State:
-    """Write down what is trained on what, and score the start."""
-    about = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": len(job.text.stream),
-             "held out tokens": len(job.held_out.stream),
-             "vocabulary": job.text.tokenizer.vocab_size}
-    print(", ".join(f"{name}: {value}" for name, value in about.items()), file=sys.stderr)
-    run_folder.describe(folder, job.config, sources, command(), about)
-    return run_folder.State(before={"scores": held_out(job.lm, job.held_out)})
-
-
-def run(job: Job, folder: Path, state: run_folder.State) -> dict:
-    """From the state to the end, where the encoder is described, or to a signal."""
+def run(config: Config, corpus: data.Corpus, device: torch.device, sources: dict) -> dict:
+    """One run from its start, or its last save, to its results; saved as mincse.run is."""
+    folder = Path(config.out)
+    with exits(3):
+        if done := run_folder.finished(folder):
+            run_folder.drop_state(folder)                         # killed just before, it stands
+            return done
+        job = prepare(config, corpus, device, resumed=(folder / "state.pt").is_file())
+        state = run_folder.load_state(folder, job.lm, job.optimizer)
+    run_folder.clear_after(folder, state or run_folder.State())
+    if state is None:
+        about = {"corpus": corpus.name, "sha256": corpus.sha256, "tokens": len(job.text.stream),
+                 "held out tokens": len(job.held_out.stream),
+                 "vocabulary": job.text.tokenizer.vocab_size}
+        run_folder.describe(folder, config, sources, command(), about)
+        state = run_folder.State(before={"scores": held_out(job.lm, job.held_out)})
     with Stop().listening() as stop:
         state = fit(job, folder, state, stop)
     if stop.signal:
-        complain(f"stopped at step {state.step} of {job.config.steps}, saved in {folder}; go on "
-                 f"with:\n  {command()} --resume")
+        complain(f"stopped at step {state.step} of {config.steps}, saved in {folder}; go on with:\n"
+                 f"  {command()} --resume")
         raise SystemExit(128 + stop.signal)
     last, before = run_folder.lines(folder)[-1], state.before["scores"]
     results = {"before": before, "test": {name: last[name] for name in before},
                "steps": state.step, "tokens": last["tokens"]}
-    write_text(folder / "README.md", card(job, folder, results))
+    write_text(folder / "README.md", card(config, folder, results))
     write_json(folder / "results.json", results)                  # last: it says "finished"
     run_folder.drop_state(folder)
     return results
@@ -329,15 +425,14 @@ def fit(job: Job, folder: Path, state: run_folder.State, stop: Stop) -> run_fold
         if scoring:
             with log.paused():
                 scores = held_out(job.lm, job.held_out)
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in
-                                                   scores.items()), file=sys.stderr)
         if logging or stop.signal:                                # before anything is saved
             found = loss.item() + scores.get("held_out_loss", 0.0)
-            if not math.isfinite(found):                          # of the batch, or once updated
+            if not math.isfinite(found):
                 raise FloatingPointError(f"the loss is {found} at step {step}: try a lower "
                                          "--learning-rate; what was saved before is kept")
         if logging:
-            log.line(step, scores | {"tokens": step * config.batch_size * config.max_tokens})
+            row = log.line(step, scores | {"tokens": step * config.batch_size * config.max_tokens})
+            bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
         if scoring or stop.signal:
             with log.paused():
                 save_all(job, folder, state)
@@ -347,89 +442,55 @@ def fit(job: Job, folder: Path, state: run_folder.State, stop: Stop) -> run_fold
 
 
 def save_all(job: Job, folder: Path, state: run_folder.State) -> None:
-    """The encoder, and all that a stopped run needs to go on exactly.
-
-    Positions beyond the longest sequence, never trained, are the mean of the later ones.
-    """
-    if not job.config.from_:
+    """The encoder, and all that a stopped run needs to go on exactly."""
+    if not job.config.from_:              # positions never trained: the mean of the later ones
         table, trained = job.lm.model.encoder.positions.weight.data, job.config.max_tokens
         table[trained:] = table[trained // 2 : trained].mean(dim=0)             # (512, D)
     encoders.save_masked_lm(job.lm.model, job.lm.head, folder)
     run_folder.save_state(folder, state, job.lm, job.optimizer)
 
 
-def card(job: Job, folder: Path, results: dict) -> str:
-    """README.md of the folder: what was done, what came out, what it cannot do."""
-    shape, test = job.lm.model.config, results["test"]
-    start = f"on from {job.config.from_}" if job.config.from_ else "from nothing"
+def card(config: Config, folder: Path, results: dict) -> str:
+    """README.md of the folder."""
+    test = results["test"]
     return f"""# {folder.name}
 
-A masked language model trained with mincse {start}: {shape.model_type}, {shape.layers} layers x
-{shape.width}, {shape.vocab_size:,} word pieces. It has read {results["tokens"] / 1e6:.1f} million
-tokens of `{job.config.corpus}` in {results["steps"]:,} steps (the command is in args.json).
-
-On text never trained on, {HELD_OUT_RATE:.0%} of the tokens to be guessed (80/10/10): loss
+A masked language model that mincse trained with `{command()}`
+in {results["steps"]:,} steps on {results["tokens"]:,} tokens of `{config.corpus}`.
+On text never trained on, with {HELD_OUT_RATE:.0%} of the tokens masked: loss
 **{test["held_out_loss"]:.3f}**, guessed right **{test["held_out_accuracy"]:.1%}**.
-
-`python mincse.py --encoder FOLDER` trains a sentence encoder from it. Limits: it knows what its
-corpus says, with the biases of that. Positions beyond {job.config.max_tokens} were not trained.
+Load it with `python mincse.py --encoder FOLDER`. Limits: the biases of its corpus; positions beyond
+{config.max_tokens} were not trained.
 """
 
 
-# ---- the program ----------------------------------------------------------------------------
-
-def parse(argv: list[str] | None) -> dict:
-    """What was typed: fields of Config, then --resume and --overwrite."""
+def main(argv: list[str] | None = None) -> None:
     top = argparse.ArgumentParser(
         prog="pretrain.py", usage="python -m tools.pretrain [--FLAG VALUE ...]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS)
     output = add_flags(top, fields(Config))["output"]
-    output.add_argument("--resume", action="store_true", default=False,
-                        help="go on where the same command was stopped")
-    output.add_argument("--overwrite", action="store_true", default=False,
-                        help="replace the run that the folder holds")
-    return vars(top.parse_args(argv))
-
-
-def check_optimizer(config: Config) -> None:
-    """Refuse what no range tells."""
-    if config.width % config.heads:
-        raise ValueError(f"--width: expected a multiple of --heads, {config.heads}, found "
-                         f"{config.width}")
-    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"--optimizer muon: expected torch 2.9 or newer, found "
-                         f"{torch.__version__}: use --optimizer adamw, or a newer torch")
-
-
-def main(argv: list[str] | None = None) -> None:
-    given = parse(argv)
-    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    for name, text in (("--resume", "go on where the same command was stopped"),
+                       ("--overwrite", "replace the run that the folder holds")):
+        output.add_argument(name, action="store_true", default=False, help=text)
+    given = vars(top.parse_args(argv))
+    how = {name: given.pop(name) for name in ("resume", "overwrite")}
     config = Config(**given)
     with exits(2):
         check_ranges(config)
-        check_optimizer(config)
+        check_shape(config)
         device, folder = pick_device(config.device), Path(config.out)
     with exits(3):
         corpus = data.read_corpus(config.corpus, Path(config.data) if config.data else None)
         sources = {"corpus": corpus.sha256}
         if config.from_:
             sources["from"] = run_folder.encoder_sha256(encoder_folder(config.from_))
-        before = run_folder.started(folder) if resume else None
+        before = run_folder.started(folder) if how["resume"] else None
     with exits(2):
-        run_folder.claim(folder, config, sources, before, resume=resume, overwrite=overwrite)
-    if config.threads:
-        torch.set_num_threads(config.threads)
+        run_folder.claim(folder, config, sources, before, **how)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.set_flush_denormal(True)        # a GELU gives tiny numbers, which are slow to multiply
-    with exits(3):
-        if done := run_folder.finished(folder):
-            run_folder.drop_state(folder)                         # killed just before, it stands
-            return print(json.dumps(done["test"]))
-        job = prepare(config, corpus, device, resumed=(folder / "state.pt").is_file())
-        state = run_folder.load_state(folder, job.lm, job.optimizer)
-    run_folder.clear_after(folder, state or run_folder.State())
-    results = run(job, folder, state or begin(job, folder, corpus, sources))
-    print(json.dumps(results["test"]))
+    print(json.dumps(run(config, corpus, device, sources)["test"]))
 
 
 if __name__ == "__main__":
