@@ -312,7 +312,7 @@ def fit_turns(job: Job, folder: Path, state: State, stop: Stop) -> State:
 
 
 def train_on(job: Job, stop: Stop, rows: Sequence[int], *, number: int, steps: int,
-               learning_rate: float) -> float:
+             learning_rate: float) -> float:
     """Train on these rows with a new optimizer and schedule; the mean loss of the steps."""
     config = replace(job.config, seed=job.config.seed + SEED_STEP * number,
                      learning_rate=learning_rate)

@@ -113,10 +113,9 @@ def count(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; `auto` is the first accelerator that this machine has."""
+    """The device of this name; `auto` is a GPU or the processor, and not mps, which lacks float64."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else
-                            "mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):

@@ -166,6 +166,8 @@ def load_state(folder: Path, networks: nn.ModuleDict, optimizer: Optimizer) -> S
         networks.load_state_dict(saved["networks"])
         optimizer.load_state_dict(saved["optimizer"])
         check_state(state, optimizer)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise MemoryError(f"out of memory while {path} was read, which is left as it is") from None
     except Exception as error:
         raise ValueError(f"{path}: expected the state of this run, found {str(error)[:80]!r}: "
                          "start again with --overwrite") from None

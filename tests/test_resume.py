@@ -87,6 +87,17 @@ def test_a_setting_that_changes_the_numbers_is_named(setting, program, stopped, 
     assert re.search(f"was started with {flag} .*, found ", capsys.readouterr().err)
 
 
+def test_a_state_for_which_there_is_no_memory_is_not_called_damaged(
+        program, stopped, monkeypatch, tmp_path):
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    stopped(2, program)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError, match="state.pt was read"):
+        patch.setattr(torch, "load", no_memory)
+        program("--resume")
+    assert (program("--resume") / "results.json").exists()
+
+
 def test_a_run_may_go_on_with_other_threads(program, stopped):
     stopped(2, program)
     assert (program("--resume", threads=1) / "results.json").exists()

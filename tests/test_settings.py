@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from conftest import resolved
-from engine.flags import check_ranges, flag, seed_range
+from engine.flags import check_ranges, flag, pick_device, seed_range
 from papers import METHODS
 
 
@@ -79,3 +80,10 @@ def test_a_range_has_open_and_closed_ends_and_says_which(limits, fits, refuses, 
     for value in refuses:
         with pytest.raises(ValueError, match=f"--it: expected {words}, found {value}"):
             check_ranges(Config(value))
+
+
+def test_the_device_auto_is_a_gpu_or_the_processor_and_mps_only_when_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    for gpu, expected in [(False, "cpu"), (True, "cuda")]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        assert pick_device("auto").type == expected
