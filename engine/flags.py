@@ -113,7 +113,7 @@ def count(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; `auto` is a GPU or the processor, and not mps, which lacks float64."""
+    """The device of this name; `auto` is cuda or cpu, and not mps, which lacks float64."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

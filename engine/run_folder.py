@@ -163,7 +163,7 @@ def load_state(folder: Path, networks: nn.ModuleDict, optimizer: Optimizer) -> S
             raise ValueError("a wrong checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = State(**saved["state"])
-        networks.load_state_dict(saved["networks"])
+        networks.load_state_dict(saved.get("networks") or saved["parts"])   # of an older version
         optimizer.load_state_dict(saved["optimizer"])
         check_state(state, optimizer)
     except (MemoryError, torch.OutOfMemoryError):

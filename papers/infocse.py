@@ -84,7 +84,7 @@ class InfoCSE(SimCSE):
         self.register_buffer("logged", torch.full((3,), math.nan))
 
     def rounds(self, steps):
-        """Documents in random order, in every pass another, cut into R + 1 rounds."""
+        """R + 1 rounds of the documents in random order, which is a new one in every pass."""
         batch, count = self.config.batch_size, min(self.config.annotation_rounds + 1, steps)
         rows = []
         for number in range(math.ceil(steps * batch / len(self.corpus))):
