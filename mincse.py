@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from timeit import timeit
 from typing import NamedTuple
 
 import torch
@@ -32,12 +33,12 @@ from engine.files import stage
 from engine.flags import (Stop, check_ranges, command, complain, exits, pick_device, program,
                           wants_bf16)
 from engine.hub import encoder_folder
-from engine.pieces import Pieces, peak_memory, timed, within_memory
+from engine.pieces import Pieces, peak_memory, within_memory
 from engine.run_folder import Log, State
 from eval_sts import Encode, Result, StsTest, TwinTest, open_encoder, read_test
 from model import SentenceEncoder, encode
 from papers import METHODS, check, parse, refuse_idle
-from papers.settings import Config, resolve
+from papers.settings import Config, count_steps, resolve
 from papers.simcse import Encoded, SimCSE, measures
 
 LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
@@ -177,12 +178,7 @@ def build(inputs: Inputs, config: Config) -> Job:
         model.keep_head = config.head == "keep"
     nn.ModuleList([model, method]).to(inputs.device)
     return Job(config, inputs, model, method, make_optimizer(model, method, config),
-               count_steps(config, inputs.corpus), wants_bf16(config.precision, inputs.device))
-
-
-def count_steps(config: Config, corpus: Sequence) -> int:
-    """The steps asked for by --steps, or those of the epochs."""
-    return config.steps or config.epochs * (len(corpus) // config.batch_size)
+               count_steps(config, len(inputs.corpus)), wants_bf16(config.precision, inputs.device))
 
 
 def make_optimizer(model: SentenceEncoder, method: SimCSE, config: Config) -> torch.optim.AdamW:
@@ -357,20 +353,21 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, *, resume: bool, o
 
 def dry_run(inputs: Inputs) -> str:
     """Three steps, a score, a save and a reload on the first rows; the text of the plan."""
-    least, config = max(DRY_ROWS, 4 * inputs.config.batch_size), inputs.config
+    once, config = partial(timeit, number=1), inputs.config       # seconds that a call takes
+    least = max(DRY_ROWS, 4 * config.batch_size)
     few = [corpus.part(range(min(len(corpus), least))) for corpus in inputs.corpora]
     with exits(3):
         job = build(replace(inputs, corpora=few), config)
-        preparing = timed(job.method.prepare, job.encode) * len(inputs.corpus) / len(few[0])
+        preparing = once(lambda: job.method.prepare(job.encode)) * len(inputs.corpus) / len(few[0])
     loop = steps_of(job, batches_by_round(job, first=1), first=1)
-    *_, seconds = (timed(lambda: next(loop)[1].item()) for _ in range(min(3, job.steps)))
-    scoring = timed((inputs.dev or inputs.test).score, job.encode)
+    *_, seconds = (once(lambda: next(loop)[1].item()) for _ in range(min(3, job.steps)))
+    scoring = once(lambda: (inputs.dev or inputs.test).score(job.encode))
     with tempfile.TemporaryDirectory() as folder:
         save(job.model, folder)
         again = load(folder).to(inputs.device)
         texts = few[0].columns[0][:8]
         same = torch.equal(job.encode(texts), encode(again, inputs.tokenizer, texts))
-    return results.plan(steps=count_steps(config, inputs.corpus), seconds=seconds, same=same,
+    return results.plan(steps=count_steps(config, len(inputs.corpus)), seconds=seconds, same=same,
                         scores_every=config.dev_every if inputs.dev else 0, scoring=scoring,
                         preparing=preparing, turns=job.method.turns or 1,
                         memory=peak_memory(inputs.device))

@@ -12,12 +12,19 @@ only within one installation.
 
 import importlib
 import inspect
+import json
+import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
+from hashlib import sha256
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+
+from engine.files import write_text
 
 PACKAGES = ("numpy", "scipy", "torch")
 NOT_READ = {"tests", "testing", "_vendor", "distutils"}         # folders of no use to users
@@ -94,6 +101,21 @@ def docstrings() -> Iterator[str]:
 
 @cache
 def doc_sentences() -> list[str]:
+    """The sentences of all docstrings; six seconds of work, so the user's cache keeps them."""
+    versions = " ".join(version(package) for package in PACKAGES)
+    name = f"{sha256(versions.encode() + Path(__file__).read_bytes()).hexdigest()[:16]}.json"
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "mincse", name)
+    try:
+        return json.loads(kept.read_bytes())
+    except (OSError, ValueError):
+        sentences = find_sentences()
+        with suppress(OSError):                                   # no place to write: do without
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(kept, json.dumps(sentences))
+        return sentences
+
+
+def find_sentences() -> list[str]:
     """The sentences of all docstrings, each once, without those of the twins."""
     known = {folded(sentence) for _, *pair in doc_twins() for sentence in pair}
     found = {}

@@ -11,7 +11,6 @@ costs one more forward pass.
 import ctypes
 import re
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -88,10 +87,3 @@ def peak_memory(device: torch.device) -> str:
         return "not known on Windows"
     unit = 2**30 if sys.platform == "darwin" else 2**20           # bytes on a Mac, else KiB
     return f"{getrusage(RUSAGE_SELF).ru_maxrss / unit:.2f} GiB"
-
-
-def timed(work: Callable, *arguments) -> float:
-    """Seconds that work(*arguments) takes."""
-    started = time.perf_counter()
-    work(*arguments)
-    return time.perf_counter() - started

@@ -32,8 +32,6 @@ PROBE = 512                           # most rows that are held out; of few, a t
 LEAST = 20                            # fewest rows that a probe is drawn from
 
 
-# ---- texts and rows -------------------------------------------------------------------------
-
 def words_of(text: str) -> list[str]:
     """The words of a text, in lower case."""
     return text.lower().split()
@@ -53,14 +51,19 @@ def rows_of_run(n: int, config: Config) -> list[int]:
     return [row for rows in order for row in rows]
 
 
+def stretches(steps: int, refreshes: int) -> list[tuple[int, int]]:
+    """(begin, end) of the steps before, between and after refreshes: equally long, none empty."""
+    count = min(refreshes + 1, steps)
+    ends = [steps * number // count for number in range(count + 1)]
+    return list(zip(ends, ends[1:]))
+
+
 def hold_out(texts: Sequence[str], rows: Sequence[int]) -> tuple[list[int], list[int]]:
     """A probe to measure with, the same for every seed, and the rows that share no text with it."""
     probe = sorted(random.Random("probe").sample(list(rows), min(PROBE, len(rows) // 10)))
     held = {texts[row] for row in probe}
     return probe, [row for row in rows if texts[row] not in held]
 
-
-# ---- nearest neighbours ---------------------------------------------------------------------
 
 def index(encode: Callable, texts: Sequence[str], *, chunk: int = 8192) -> Tensor:  # -> (N, D)
     """The vectors of all texts in half precision: a million of width 768 take 1.5 GB."""
@@ -101,8 +104,6 @@ def unit(x: Tensor, device: torch.device | None = None) -> Tensor:
     x = x.to(device)
     return F.normalize(x.float() if x.dtype == torch.float16 else x, dim=-1)
 
-
-# ---- clusters -------------------------------------------------------------------------------
 
 @torch.no_grad()
 def kmeans(x: Tensor, k: int, *, seed: int, iterations: int = 20,
@@ -155,8 +156,6 @@ def assign(x: Tensor, centres: Tensor, *, temperature: float = 0.1, chunk: int =
         found.append((label, similarity, confidence))
     return tuple(map(torch.cat, zip(*found)))
 
-
-# ---- a teacher ------------------------------------------------------------------------------
 
 def open_teacher(name: str, corpus: Corpus, *, device: torch.device | None = None) -> Encode:
     """The function of another encoder, N sentences -> (N, D), by the name of the encoder.

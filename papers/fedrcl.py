@@ -127,9 +127,9 @@ class FedRCL(SimCSE):
         probe, rest = hold_out(texts, range(len(texts)))          # nobody trains on the probe
         asked, classes = [texts[row] for row in probe], labels[probe]
         shards = deal_out(rest, labels, config.clients, alpha=config.alpha, seed=config.seed)
-        steps = config.steps or config.epochs * (len(shards[0]) // config.batch_size)
+        steps, origin = settings.count_steps(config, len(shards[0])), job.encode(asked)   # (P, D)
         for number in range(first, config.rounds + 1):
-            server, origin = snapshot(job.networks), job.encode(asked)
+            server = snapshot(job.networks)
             rate = config.learning_rate * 0.998 ** (number - 1)   # their scripts
             states, losses, drifts = [], [], []
             for client in taking_part(number, config.clients, seed=config.seed):
@@ -140,8 +140,9 @@ class FedRCL(SimCSE):
                 drifts.append(1 - F.cosine_similarity(job.encode(asked), origin).mean().item())
                 states.append(snapshot(job.networks))
             job.networks.load_state_dict(fed_avg(states))
-            yield {"loss": mean(losses), "drift": mean(drifts),
-                   **collapse(job.encode(asked), classes), "at_start": collapse(origin, classes)}
+            before, origin = origin, job.encode(asked)
+            yield {"loss": mean(losses), "drift": mean(drifts), **collapse(origin, classes),
+                   "at_start": collapse(before, classes)}
 
     def report(self, job, rows: list[dict]) -> tuple[str, dict]:
         """A line a round, since the curves of a federation swing: the last alone says little."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from engine.flags import Row, flag
 from losses import cosine, many_positives
 from papers import settings
-from papers.corpus import EMPTY, assign, index, kmeans, rows_of_run
+from papers.corpus import EMPTY, assign, index, kmeans, rows_of_run, stretches
 from papers.simcse import Encoded, SimCSE, own_hard_negative
 
 
@@ -65,9 +65,8 @@ class IFND(SimCSE):
 
     def rounds(self, steps):
         """R + 1 rounds of as many steps, each on all rows, so that the order of rows goes on."""
-        count = min(self.config.cluster_rounds + 1, steps)
-        ends = [steps * number // count for number in range(count + 1)]
-        return [(end - begin, range(len(self.corpus))) for begin, end in zip(ends, ends[1:])]
+        return [(end - begin, range(len(self.corpus)))
+                for begin, end in stretches(steps, self.config.cluster_rounds)]
 
     def refresh(self, encode, rows):
         """Cluster the rows that the run sees, and accept more of the labels than before."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from engine.flags import Row, flag
 from papers import settings
-from papers.corpus import text_numbers, words_of
+from papers.corpus import stretches, text_numbers, words_of
 from papers.simcse import Encoded, SimCSE
 
 
@@ -85,14 +85,12 @@ class InfoCSE(SimCSE):
 
     def rounds(self, steps):
         """R + 1 rounds of the documents in random order, which is a new one in every pass."""
-        batch, count = self.config.batch_size, min(self.config.annotation_rounds + 1, steps)
-        rows = []
+        batch, rows = self.config.batch_size, []
         for number in range(math.ceil(steps * batch / len(self.corpus))):
             rng = random.Random(f"{self.config.seed} {number}")
             rows += chain(*rng.sample(self.documents, len(self.documents)))
-        ends = [steps * number // count for number in range(count + 1)]
         return [(end - begin, rows[begin * batch : end * batch])
-                for begin, end in zip(ends, ends[1:])]
+                for begin, end in stretches(steps, self.config.annotation_rounds)]
 
     def refresh(self, encode, rows):
         """Annotate the documents of these rows, and a probe that shows how much has changed."""

@@ -93,7 +93,7 @@ class PNR(SimCSE):
         """The tasks from number `first` on. Each starts with all that the one before left."""
         config, (tasks, probes) = self.config, tasks_of(job.inputs.corpora)
         # As many steps for all, or a large corpus would count for more than a small one.
-        steps = config.steps or config.epochs * (min(map(len, tasks)) // config.batch_size)
+        steps = settings.count_steps(config, min(map(len, tasks)))
         for number in range(first, len(tasks) + 1):
             if number > 1:
                 self.remember(job.model)

@@ -60,6 +60,11 @@ class Config(focal.Config):
                             "the same gradient, one more forward pass; 0: all", least=0)
 
 
+def count_steps(config: Config, rows: int) -> int:
+    """As many steps as were asked for, or those of the epochs over so many rows."""
+    return config.steps or config.epochs * (rows // config.batch_size)
+
+
 def resolve(method: type, given: dict, shape: EncoderConfig, *, columns: int) -> Config:
     """The settings of a run: what was given, else the paper's recipe, SimCSE's, or the default.
 

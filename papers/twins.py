@@ -63,7 +63,7 @@ class Twins(SimCSE):
     @classmethod
     def check(cls, config, corpora, shape) -> None:
         """Tell the user, without refusing, that a short run has no use for its queue."""
-        steps = config.steps or config.epochs * (len(corpora[0]) // config.batch_size)
+        steps = settings.count_steps(config, len(corpora[0]))
         if config.queue_batches and steps <= cls.queue_starts:
             complain(f"NOTICE: --queue-batches {config.queue_batches} has no effect: the queue "
                      f"counts only after step {cls.queue_starts}, and the run has {steps}")

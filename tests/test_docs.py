@@ -108,13 +108,26 @@ def test_a_name_that_means_two_things_makes_no_twins():
     assert "condition number" in twins["cond"][0]               # torch.cond is a branch
 
 
-# ---- another process ------------------------------------------------------------------------
+# ---- the cache, and another process ---------------------------------------------------------
 
-def test_another_process_finds_the_same_in_the_same_order():
+def test_the_second_time_the_cache_answers_and_a_damaged_one_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found, calls = ["An elk is here."], []
+    monkeypatch.setattr(docs, "find_sentences", lambda: calls.append(1) or found)
+    ask = docs.doc_sentences.__wrapped__                          # without the process's own memory
+    assert ask() == ask() == found and len(calls) == 1
+    [kept] = tmp_path.rglob("*.json")
+    kept.write_text('["An elk')
+    assert ask() == ask() == found and len(calls) == 2
+
+
+def test_another_process_with_no_place_for_a_cache_finds_the_same_in_the_same_order(tmp_path):
+    (tmp_path / "a file").write_text("where a folder should be")
     script = ("import json; from engine.docs import *\n"
               "print(json.dumps([doc_sentences(), doc_twins()]))")
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONHASHSEED": "7"})
+                          env=os.environ | {"PYTHONHASHSEED": "7",
+                                            "XDG_CACHE_HOME": str(tmp_path / "a file")})
     assert done.returncode == 0, done.stderr
     sentences, twins = json.loads(done.stdout)
     assert sentences == doc_sentences() and [tuple(twin) for twin in twins] == doc_twins()

@@ -43,8 +43,6 @@ USUAL = {"loss": "info-nce", "positives": "dropout"}     # values that no group 
 IGNORED = ("seed", *HARMLESS)                            # in which runs of a group may differ
 
 
-# ---- runs and groups ------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Run:
     """The records of one seed, or of a pre-training."""
@@ -136,8 +134,6 @@ def shown(value) -> str:
     return " ".join(Path(str(one)).name for one in (value if isinstance(value, list) else [value]))
 
 
-# ---- tables ---------------------------------------------------------------------------------
-
 def paired(group: Group, baseline: Group) -> list[float]:
     """Differences of the averages, for every seed that both groups have."""
     shared = group.averages.keys() & baseline.averages.keys()
@@ -198,8 +194,6 @@ def curve(run: Run) -> list[tuple[float, float]]:
     return [(row["tokens"] / 1e6, row["held_out_loss"]) for row in (start, *run.metrics)
             if "held_out_loss" in row]
 
-
-# ---- luck: of seeds, then of pairs of sentences ---------------------------------------------
 
 def sign_flip_p(differences: list[float]) -> float:
     """The share of sign flips whose mean difference is as large, were both groups the same.
@@ -280,8 +274,6 @@ def compare_encoders(test: StsTest, ours: list[str], theirs: list[str], *, draws
     return markdown([["", "gain", "from", "to", "p"], *rows], first=str.ljust)
 
 
-# ---- figures --------------------------------------------------------------------------------
-
 # Okabe and Ito's colours, which readers with any colour vision tell apart; then dark ones.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F3C8D",
            "#80593D", "#666666", "#A50026", "#2F4B1F"]
@@ -355,8 +347,6 @@ def save_figures(groups: list[Group], curves: dict, folder: Path) -> None:
                 figure.legend(loc="outside right upper", frameon=False, fontsize=8)
             figure.savefig(folder / f"{name}.png", dpi=150)
 
-
-# ---- the program ----------------------------------------------------------------------------
 
 def pick_baseline(groups: list[Group], name: str) -> Group:
     """The group of this name, or the first; groups that no table can compare are refused."""
