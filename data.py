@@ -5,7 +5,8 @@ Where do sentences come from, and how do they become batches of tokens?
         docs                     built in: English from docstrings on this machine (docs.py)
         wiki1m, nli, ...         a local folder is looked into first, then the Hugging Face Hub
         FILE.txt                 one sentence a line; a blank line separates documents
-        FILE.csv, FILE.tsv       two columns (sentence, positive) or three (and a hard negative)
+        FILE.csv, .tsv, .jsonl   two columns (sentence, positive) or three (and a hard negative)
+        -                        standard input
     Tokenizer.read(folder)       texts -> ids and mask, both (B, T); inputs of a masked LM
     batches, ahead               row numbers in random order; work done early
 
@@ -15,7 +16,6 @@ else it knows about a row.
 Not here: views of a row (papers/), test sets (eval_sts.py), finding files (engine/hub.py).
 """
 
-import csv
 import hashlib
 import random
 from array import array
@@ -23,17 +23,23 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 import torch
 from torch import Tensor
 
+from engine.columns import (NOTHING, TEXTS, advice, kind_of, no_text, own_file, split_rows,
+                            text_places)
 from engine.docs import doc_sentences
+from engine.doctor import look_at_columns
 from engine.hub import data_file, file_sha256
+from engine.layouts import wrong
 from engine.texts import Lines, read_lines
+from engine.tokenizer_files import tokenizer_json
 
 # Our name of a corpus -> the names its file may have in a data folder.
 CORPORA = {
@@ -43,7 +49,6 @@ CORPORA = {
     "wiki_articles": ["wiki_articles.txt", "wiki_articles.txt.gz"],
     "reviews": ["reviews.txt", "reviews.txt.gz"],
 }
-HEADER = ["sent0", "sent1", "hard_neg"]             # of the Hub's nli_for_simcse.csv
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,15 @@ def read_corpus(name: str, data: Path | None = None) -> Corpus:
         sentences = doc_sentences()
         digest = hashlib.sha256("\n".join(sentences).encode()).hexdigest()
         return Corpus(name, [sentences], None, digest, blank=0)
-    path = data_file(CORPORA[name], data) if name in CORPORA else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: expected a file or one of docs, {', '.join(CORPORA)}, "
-                                f"found {'a folder' if path.is_dir() else 'nothing'} there")
-    kind = path.name.removesuffix(".gz").rpartition(".")[2]
-    if kind not in ("txt", "csv", "tsv"):
-        raise ValueError(f"{path}: expected a name in .txt, .csv or .tsv (.gz may follow)")
+    path = (data_file(CORPORA[name], data) if name in CORPORA else
+            own_file(name, f"a file or one of docs, {', '.join(CORPORA)}"))
+    kind = kind_of(path, ["txt", "csv", "tsv", "jsonl"])
     columns, documents, blank = read_sentences(path) if kind == "txt" else read_rows(path, kind)
     if len(columns[0]) < 2:
+        whole = " of lines that end in \\r alone" if "\r" in "".join(columns[0]) else ""
         raise ValueError(f"{path}: expected two rows or more, as other rows are the negatives, "
-                         f"found {len(columns[0])}")
+                         f"found {len(columns[0])}{whole}")
+    look_at_columns(path, kind, columns)
     return Corpus(name, columns, documents, file_sha256(path), blank)
 
 
@@ -104,36 +107,32 @@ def read_sentences(path: Path) -> tuple[list[Lines], array | None, int]:
 
 
 def read_rows(path: Path, kind: str) -> tuple[list[Lines], None, int]:
-    """Two or three texts a row; the names sent0, sent1, hard_neg in the first row are a header."""
-    columns, blank, width = [Lines() for _ in HEADER], 0, None
+    """Two or three texts a row, or as many as a header of usual names has."""
+    columns, blank, width, places, lacking = [Lines() for _ in TEXTS], 0, 0, [], []
     for number, row in split_rows(path, kind):
         row = [text.strip() for text in row]
         if not any(row):
             blank += 1
             continue
-        width = width or len(row)
-        if len(row) != width or width not in (2, 3):
-            raise ValueError(f"{path}:{number}: expected {width if columns[0] else '2 or 3'} "
-                             f"columns, found {len(row)}")
+        if not width:
+            width, places = len(row), text_places(path, kind, row)
+            if places:
+                continue
+        if len(row) != width or not places and width not in (2, 3):
+            expected = width if places or columns[0] else "2 or 3"
+            raise ValueError(f"{path}:{number}: expected {expected} columns, found {len(row)}" + (
+                advice(kind, row, width if columns[0] or places else 3)
+                or "; one text a line is a .txt" * (len(row) == 1)))
+        if places:
+            row = [row[place] for place in places]
         if not all(row):
-            blank += 1
-        elif columns[0] or row != HEADER[:width]:
+            blank, lacking = blank + 1, row
+        else:
             for column, text in zip(columns, row):
                 column.append(text)
-    return columns[:width], None, blank
-
-
-def split_rows(path: Path, kind: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields. A .csv may quote a field; in a .tsv, quotes are ordinary letters."""
-    if kind == "tsv":
-        rows = (line.rstrip("\r\n").split("\t") for line in read_lines(path))
-        return (yield from enumerate(rows, start=1))
-    reader = csv.reader(read_lines(path), strict=True)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise ValueError(f"{path}:{reader.line_num}: damaged csv ({error})") from None
+    if lacking and not columns[0]:
+        raise ValueError(no_text(path, lacking.index(""), NOTHING, ""))
+    return columns[: len(places) or width or 3], None, blank
 
 
 class Tokenizer:
@@ -153,20 +152,22 @@ class Tokenizer:
             raise ValueError("it has no token [PAD] or <pad>")
         added = self.whole.get_added_tokens_decoder()
         self.whole.encode("q" * 200)              # raises where unknown words have no token
-        self.special_ids = sorted({i for i, token in added.items() if token.special}
-                                  | set(self.whole.encode("").ids))
+        self.special_ids = torch.tensor(sorted({i for i, token in added.items() if token.special}
+                                               | set(self.whole.encode("").ids)))
         self.vocab_size = self.whole.get_vocab_size()
 
     @classmethod
     def read(cls, folder: Path) -> "Tokenizer":
-        """The tokenizer of an encoder's folder."""
-        path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: expected the encoder's tokenizer, found no such file")
+        """The tokenizer of an encoder's folder, which puts [CLS] before a text and [SEP] after."""
+        rules = tokenizer_json(Path(folder))
         try:
-            return cls(path.read_text(encoding="utf-8"))
+            made = cls(rules)
         except Exception as error:      # the library raises bare Exception for what it cannot parse
-            raise ValueError(f"{path}: expected a tokenizer of Hugging Face's: {error}") from None
+            raise ValueError(f"{folder}: expected a tokenizer of Hugging Face's: {error}") from None
+        if len(made.whole.encode("").ids) != 2:
+            raise wrong(folder, "a tokenizer.json that puts [CLS] before a text and [SEP] after it",
+                        "a post_processor that does not")
+        return made
 
     def copy(self, max_tokens: int | None) -> tokenizers.Tokenizer:
         """The library's tokenizer with this limit, whatever limit the file asks for."""
@@ -183,18 +184,26 @@ class Tokenizer:
         return self.whole.encode("Paris").ids != self.whole.encode("paris").ids
 
     def __call__(self, texts: Sequence[str], *, max_tokens: int) -> tuple[Tensor, Tensor]:
-        """Ids, padded to the longest text of the batch, and a mask of those that are real."""
+        """Ids, padded to the longest text of the batch, and a mask of those that are real.
+
+        Equal texts, such as the two views of SimCSE, are tokenized once.
+        """
         if max_tokens not in self.limited:
             self.limited[max_tokens] = self.copy(max_tokens)
-        rows = [row.ids for row in self.limited[max_tokens].encode_batch_fast(texts)]
-        lengths = torch.tensor([len(row) for row in rows])                      # (B,)
-        longest = max(map(len, rows))
-        padded = [row + [self.pad_id] * (longest - len(row)) for row in rows]
-        return torch.tensor(padded), torch.arange(longest) < lengths[:, None]   # (B, T), (B, T)
+        row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        found = [each.ids for each in self.limited[max_tokens].encode_batch_fast([*row])]
+        lengths = np.array([*map(len, found)])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        ids = np.full(mask.shape, self.pad_id, np.int64)
+        ids[mask] = np.fromiter(chain(*found), np.int64)
+        rows = [row[text] for text in texts]
+        return torch.from_numpy(ids[rows]), torch.from_numpy(mask[rows])        # (B, T), (B, T)
 
     def special(self, ids: Tensor) -> Tensor:                     # (B, T) -> (B, T)
         """Where ids are [CLS], [SEP], padding and the like."""
-        return torch.isin(ids, torch.tensor(self.special_ids, device=ids.device))
+        if self.special_ids.device != ids.device:                 # once: a copy halts the GPU
+            self.special_ids = self.special_ids.to(ids.device)
+        return torch.isin(ids, self.special_ids)
 
     def mask(self, ids: Tensor, *, rate: float, seed: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels of masked language modelling.         (B, T) -> (B, T), (B, T)
@@ -222,7 +231,9 @@ def step_seed(seed: int, step: int) -> int:
 def batches(n: int, size: int, *, seed: int, epochs: int) -> Iterator[list[int]]:
     """Row numbers in random order, another one in each epoch, from seed and epoch alone.
 
-    A ragged last batch is dropped: it would have fewer negatives, and so be an easier task.
+    A ragged last batch is dropped: it would have fewer negatives, and so be an easier task. Nor are
+    rows sorted by length to save padding: the others of a batch are the negatives, and should be
+    any sentences, not those of equal length.
     """
     for epoch in range(epochs):
         order = shuffled(n, random.Random(f"{seed} {epoch}"))

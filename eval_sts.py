@@ -5,16 +5,20 @@ How good is an encoder? Semantic textual similarity, and the shape of the embedd
     python eval_sts.py bert-base-uncased --pooling first-last --verbose --json scores.json
 
 Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). `read_test` makes a test
-of a name: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the built-in doc twins), or FILE.tsv.
+of a name: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the built-in doc twins), or a file.
 
 Scores are 100 x Spearman's ρ of cosines with human scores. Two conventions share that name: "all"
 ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all".
 """
 
+if __name__ == "__main__":
+    import engine.interrupt           # noqa: F401  first: Ctrl-C while torch is imported
+
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,16 +28,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import data as corpora
-from engine import hub
+from engine import changes, hub
+from engine.columns import own_file
 from engine.docs import doc_twins
 from engine.encoders import check_vocabulary, load
-from engine.flags import count, exits, pick_device
+from engine.flags import Parser, complain, count, exits, pick_device, program
+from engine.pairs import Pair, columns_of, read_pairs, rows_of
 from engine.tables import plain, scores_text
-from engine.texts import read_lines
 from losses import alignment, cosine, uniformity
 from model import POOLINGS, SentenceEncoder, encode
 
-Pair = tuple[str, str, float]                       # sentence, sentence, human score
 Encode = Callable[[Sequence[str]], Tensor]          # N sentences -> (N, D)
 Sides = Callable[[list[Pair]], tuple[Tensor, Tensor]]   # P pairs -> 2 x (P, D)
 
@@ -52,37 +56,7 @@ STSB = {"train": 5749, "dev": 1500, "test": 1379}
 SICK = {"train": 4500, "trial": 500, "test_annotated": 4927}
 
 
-def lines_of(path: Path) -> list[str]:
-    """The lines of a file, without their ends."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a file of scored pairs, found "
-                                f"{'a folder' if path.is_dir() else 'nothing'} there")
-    return [line.removesuffix("\n") for line in read_lines(path)]
-
-
-def pair_at(place: str, left: str, right: str, score: str) -> Pair:
-    """A pair and its score; runs of white space become one space, as in SentEval."""
-    try:
-        value = float(score)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and left.strip() and right.strip()):
-        raise ValueError(f"{place}: expected two sentences and a score, "
-                         f"found {(left[:40], right[:40], score[:20])}")
-    return " ".join(left.split()), " ".join(right.split()), value
-
-
-def columns_of(path: Path, rows: list[str], order: Sequence[int]) -> Iterator[Pair]:
-    """Pairs from tab-separated lines; `order` says which columns are left, right and score."""
-    for number, row in enumerate(rows, start=1):
-        cells = row.rstrip("\r").split("\t")
-        if len(cells) <= max(order):
-            raise ValueError(f"{path}:{number}: expected at least {max(order) + 1} columns with "
-                             f"tabs between, found {len(cells)} in {row[:60]!r}")
-        yield pair_at(f"{path}:{number}", *(cells[i] for i in order))
-
-
-def counted(path: Path, rows: list[str], order: Sequence[int], expected: int) -> list[Pair]:
+def counted(path: Path, rows: list, order: Sequence[int], expected: int) -> list[Pair]:
     """All the pairs of a file, whose number is known."""
     pairs = list(columns_of(path, rows, order))
     if len(pairs) != expected:
@@ -94,24 +68,25 @@ def counted(path: Path, rows: list[str], order: Sequence[int], expected: int) ->
 def read_subset(folder: Path, name: str, expected: int) -> list[Pair]:
     """STS.input.NAME.txt beside STS.gs.NAME.txt; pairs without a score were never judged."""
     path = folder / f"STS.input.{name}.txt"
-    texts, scores = lines_of(path), lines_of(folder / f"STS.gs.{name}.txt")
+    texts, scores = rows_of(path), rows_of(folder / f"STS.gs.{name}.txt")
     if len(texts) != len(scores):
         raise ValueError(f"{path}: expected {len(scores)} lines, one for each line of "
                          f"STS.gs.{name}.txt, found {len(texts)}")
-    judged = [f"{text}\t{score}" for text, score in zip(texts, scores) if score.strip()]
+    judged = [(number, [*cells, score]) for (number, cells), (_, (score, *_)) in zip(texts, scores)
+              if score.strip()]
     return counted(path, judged, (0, 1, 2), expected)
 
 
 def read_stsb(senteval: Path, split: str) -> list[Pair]:
     """STS Benchmark: columns genre, file, year, id, score, sentence, sentence."""
     path = senteval / "STS" / "STSBenchmark" / f"sts-{split}.csv"
-    return counted(path, lines_of(path), (5, 6, 4), STSB[split])
+    return counted(path, rows_of(path), (5, 6, 4), STSB[split])
 
 
 def read_sick(senteval: Path, split: str) -> list[Pair]:
     """SICK relatedness: a header, then id, sentence, sentence, score, entailment."""
     path = senteval / "SICK" / f"SICK_{split}.txt"
-    return counted(path, lines_of(path)[1:], (1, 2, 3), SICK[split])
+    return counted(path, rows_of(path)[1:], (1, 2, 3), SICK[split])
 
 
 def read_seven(senteval: Path) -> dict[str, dict[str, list[Pair]]]:
@@ -125,7 +100,7 @@ def read_seven(senteval: Path) -> dict[str, dict[str, list[Pair]]]:
 def spearman(predicted: Sequence[float], gold: Sequence[float]) -> float:
     """100 x Spearman's ρ, ties at their average rank; NaN where one side is constant."""
     from scipy.stats import spearmanr                             # 0.4 s to import: only if used
-    if len(set(predicted)) == 1:                                  # a collapsed encoder
+    if len(set(predicted)) == 1 or len(set(gold)) == 1:           # a collapsed encoder
         return math.nan
     return 100 * float(spearmanr(predicted, gold).statistic)
 
@@ -147,6 +122,7 @@ class Result:
     subsets: dict[str, dict[str, float]] = field(default_factory=dict)
     pairs: dict[str, int] = field(default_factory=dict)
     geometry: dict[str, dict[str, float]] = field(default_factory=dict)
+    answers: dict[str, list] = field(default_factory=dict)        # see engine/changes.py
 
 
 @dataclass(frozen=True)
@@ -154,6 +130,11 @@ class StsTest:
     """Pairs of sentences with human scores, by task and subset."""
     tasks: dict[str, dict[str, list[Pair]]]
     geometry_of: dict[str, list[Pair]] = field(default_factory=dict)   # name of a split -> pairs
+
+    @property
+    def by_task(self) -> list[list[Pair]]:
+        """The pairs of every task, its subsets one after the other."""
+        return [sum(subsets.values(), []) for subsets in self.tasks.values()]
 
     def sides(self, encode: Encode) -> Sides:
         """A function from pairs to their vectors; every sentence was encoded once, in one call."""
@@ -169,10 +150,16 @@ class StsTest:
         scores = {task: every for task, (every, _) in found.items()}
         subsets = {task: each for task, (_, each) in found.items()}
         means = {task: mean(list(each.values())) for task, each in subsets.items()}
+        cosines = [F.cosine_similarity(*sides(pairs)).tolist() for pairs in self.by_task]
         return Result(
             scores | {"avg": average(scores)}, means | {"avg": average(means)}, subsets,
             {task: sum(map(len, subsets.values())) for task, subsets in self.tasks.items()},
-            {name: geometry(pairs, *sides(pairs)) for name, pairs in self.geometry_of.items()})
+            {name: geometry(pairs, *sides(pairs)) for name, pairs in self.geometry_of.items()},
+            {"ranks": sum(map(changes.ranks_of, cosines), [])})
+
+    def flips(self, before: dict, after: dict) -> str:
+        """The pairs that moved most between two `answers`; "" where one is unknown."""
+        return changes.pair_flips(self.by_task, before, after) if before and after else ""
 
 
 def score_task(subsets: dict[str, list[Pair]], sides: Sides) -> tuple[float, dict[str, float]]:
@@ -180,8 +167,13 @@ def score_task(subsets: dict[str, list[Pair]], sides: Sides) -> tuple[float, dic
     predicted = {name: F.cosine_similarity(*sides(pairs)).tolist()
                  for name, pairs in subsets.items()}
     gold = {name: [score for _, _, score in pairs] for name, pairs in subsets.items()}
-    every = spearman(sum(predicted.values(), []), sum(gold.values(), []))
-    return every, {name: spearman(predicted[name], gold[name]) for name in subsets}
+    every = rank_cosines(sum(predicted.values(), []), sum(gold.values(), []))
+    return every, {name: rank_cosines(predicted[name], gold[name]) for name in subsets}
+
+
+def rank_cosines(cosines: Sequence[float], gold: Sequence[float]) -> float:
+    """`spearman`; NaN where the cosines differ by rounding only, as those of equal sentences."""
+    return spearman(cosines, gold) if max(cosines) - min(cosines) > 1e-6 else math.nan
 
 
 def geometry(pairs: list[Pair], left: Tensor, right: Tensor) -> dict[str, float]:   # (P, D)s
@@ -202,29 +194,35 @@ class TwinTest:
     def score(self, encode: Encode) -> Result:
         """acc@1: found first, in percent. mrr: 100 x the mean of 1 / rank."""
         _, ours, theirs = zip(*self.twins)
-        similarity = cosine(*encode(ours + theirs).chunk(2))        # (N, N)
+        sides = encode(ours + theirs).chunk(2)                      # (N, D) twice
+        similarity = cosine(*sides)                                 # (N, N)
         own = similarity.diagonal()[:, None]                        # (N, 1)
         # A tie counts against the encoder, or a collapsed one would find all of them; so does NaN.
         rank = (~(similarity < own)).sum(dim=1).float()             # (N,), 1 is best
         first = 100 * (rank == 1).float().mean().item()
         return Result(scores={"acc@1": first, "mrr": 100 * (1 / rank).mean().item(), "avg": first},
-                      pairs={"doc twins": len(self.twins)})
+                      pairs={"doc twins": len(self.twins)},
+                      geometry={"doc twins": geometry([(*pair, 5.0) for _, *pair in self.twins],
+                                                      *sides)},
+                      answers={"ranks": rank.tolist(),
+                               "found": [theirs[i] for i in similarity.argmax(dim=1)]})
+
+    def flips(self, before: dict, after: dict) -> str:
+        """The questions that moved most between two `answers`; "" where one is unknown."""
+        return changes.twin_flips(self.twins, before, after) if before and after else ""
 
 
 def read_test(name: str, data: Path | None = None, *, split: str = "test") -> StsTest | TwinTest:
-    """A test by its name (`docs`, `stsb`, `sts`) or from a .tsv file of scored pairs."""
+    """A test by its name (`docs`, `stsb`, `sts`) or from a file of scored pairs."""
     if name == "docs":
         return TwinTest(doc_twins())
-    if name.endswith(".tsv"):
-        path = Path(name)
-        pairs = list(columns_of(path, lines_of(path), (0, 1, 2)))
-        if len({score for _, _, score in pairs}) < 2:
-            raise ValueError(f"{path}: expected pairs whose scores differ, as their ranks are "
-                             f"compared, found {len(pairs)} pairs: add others")
-        return StsTest({path.stem: {path.stem: pairs}}, {path.stem: pairs})
     if name not in ("stsb", "sts"):
-        raise ValueError("expected a test called docs, stsb or sts, or a .tsv file, found "
-                         f"{name!r}")
+        if name != "-" and "." not in name:
+            raise ValueError("expected a test called docs, stsb or sts, or a .tsv, .csv or .jsonl "
+                             f"file, found {name!r}")
+        pairs = read_pairs(own_file(name, "a file of scored pairs"))
+        title = Path(name.removesuffix(".gz")).stem
+        return StsTest({title: {title: pairs}}, {title: pairs})
     senteval = hub.senteval_folder(data)
     if name == "stsb":
         pairs = read_stsb(senteval, split)
@@ -234,22 +232,29 @@ def read_test(name: str, data: Path | None = None, *, split: str = "test") -> St
                    {"STS-B test": read_stsb(senteval, "test"), "STS-B whole": whole})
 
 
-def open_encoder(folder: Path, *, pooling: str | None = None
+def open_encoder(folder: Path, *, pooling: str | None = None, head: str = "recipe"
                  ) -> tuple[SentenceEncoder, corpora.Tokenizer]:
-    """Encoder and tokenizer of a folder, checked against each other."""
-    model = load(folder, pooling=pooling)
+    """Encoder and tokenizer of a folder, checked against each other; the user gets the notices.
+
+    A `head` of training, other than "recipe", takes the place of the folder's own.
+    """
+    model = load(folder, pooling=pooling, tell=complain)
+    if model.head and head != "recipe":
+        complain(f"NOTICE: --head {head} takes the place of the Dense module of {folder}")
+        model.head = None
     tokenizer = corpora.Tokenizer.read(folder)
     check_vocabulary(model.config, tokenizer.whole.get_vocab().values())
     return model, tokenizer
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Score a sentence encoder.")
+    parser = Parser(description="Score a sentence encoder.")
     parser.add_argument("encoder", help="a folder, a Hub id, or mini")
-    parser.add_argument("--test", default="sts", help="sts, stsb, docs or a .tsv file [sts]")
+    parser.add_argument("--test", default="sts", help="sts, stsb, docs or a file of pairs [sts]")
     parser.add_argument("--split", default="test", choices=STSB, help="part of stsb [test]")
     parser.add_argument("--data", type=Path, help="folder with senteval/ (or MINCSE_DATA)")
-    parser.add_argument("--pooling", choices=POOLINGS, help="tokens to sentence [the folder's own]")
+    parser.add_argument("--pooling", choices=[*POOLINGS, "pooler"], help="tokens to sentence; "
+                        "pooler: cls and the tanh layer on it [the folder's own, else cls]")
     parser.add_argument("--max-tokens", type=int, help="tokens of a sentence [the folder's limit]")
     parser.add_argument("--batch-size", type=count, default=64, help="sentences a pass [64]")
     parser.add_argument("--device", default="auto", help="processor: auto, cpu, cuda, mps [auto]")
@@ -276,12 +281,14 @@ def main(argv: list[str] | None = None) -> None:
     precision = torch.bfloat16 if args.precision == "bf16" else torch.float32
     result = test.score(partial(encode, model.to(device), tokenizer, batch_size=args.batch_size,
                                 max_tokens=args.max_tokens, precision=precision))
-    print(f"{args.encoder}: {model.pooling} pooling, {args.max_tokens or model.max_tokens} tokens "
-          f"at most, {args.precision}\n\n{scores_text(result, verbose=args.verbose)}")
+    print(f"{args.encoder}: {args.pooling or model.pooling} pooling, "
+          f"{args.max_tokens or model.max_tokens} tokens at most, {args.precision}\n\n"
+          f"{scores_text(result, verbose=args.verbose)}")
     if args.json:
         with exits(2):
-            args.json.write_text(json.dumps(plain(asdict(result)), indent=1) + "\n")
+            scores = {name: found for name, found in asdict(result).items() if name != "answers"}
+            args.json.write_text(json.dumps(plain(scores), indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(program(main))

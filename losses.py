@@ -77,9 +77,10 @@ def uniformity(x: Tensor, *, chunk: int = 256) -> Tensor:         # (N, D) -> ()
     The 149M pairs of the whole STS benchmark would fill a gigabyte: `chunk` rows at a time.
     """
     x = F.normalize(x, dim=-1)
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    double = torch.float32 if x.device.type == "mps" else torch.float64   # which mps lacks
+    total = torch.zeros((), dtype=double, device=x.device)
     for start in range(0, len(x), chunk):
         rows = x[start : start + chunk]                           # (chunk, D)
         closeness = torch.exp(4 * (rows @ x[start:].mT) - 4)      # |u - v|² = 2 - 2 u·v
-        total += closeness.triu(diagonal=1).sum(dtype=torch.float64)
+        total += closeness.triu(diagonal=1).sum(dtype=double)
     return (total / math.comb(len(x), 2)).log()

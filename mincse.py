@@ -8,15 +8,17 @@ Read `train` first, which is the algorithm, then `run`, which does it once. What
 stands on its page in papers/. Nothing in engine/ is needed to understand either.
 """
 
+if __name__ == "__main__":
+    import engine.interrupt           # noqa: F401  first: Ctrl-C while torch is imported
+
 import random
 import sys
-import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from timeit import timeit
 from typing import NamedTuple
 
 import torch
@@ -29,19 +31,20 @@ from data import Corpus, Tokenizer, step_seed
 from engine import results, run_folder
 from engine.doctor import doctor, doctor_text
 from engine.encoders import contents, load, save
-from engine.files import stage
 from engine.flags import (Stop, check_ranges, command, complain, exits, pick_device, program,
-                          wants_bf16)
+                          say_limits, wants_bf16)
 from engine.hub import encoder_folder
-from engine.pieces import Pieces, peak_memory, within_memory
+from engine.pieces import Pieces, within_memory
+from engine.rehearsal import rehearse
 from engine.run_folder import Log, State
 from eval_sts import Encode, Result, StsTest, TwinTest, open_encoder, read_test
-from model import SentenceEncoder, encode
+from model import SentenceEncoder, encode, places_of, sent
 from papers import METHODS, check, parse, refuse_idle
 from papers.settings import Config, count_steps, resolve
 from papers.simcse import Encoded, SimCSE, measures
 
 LOG_EVERY = 10                        # steps between the lines of metrics.jsonl
+SAVE_EVERY = 600                      # seconds between two saves of the state
 SEED_STEP = 1000                      # between the seeds of two turns: --seeds 0-4 stay below it
 DRY_ROWS = 2048                       # rows that a dry run looks at
 
@@ -52,6 +55,7 @@ class Batch(NamedTuple):
     """V columns of B texts as one block of tokens."""
     ids: Tensor                       # (V·B, T)
     mask: Tensor                      # (V·B, T)
+    places: Tensor                    # (R,) of the real tokens among all V·B·T
     rows: Tensor                      # (B,) row numbers in the corpus
     columns: int                      # V
 
@@ -62,8 +66,8 @@ def train(model: SentenceEncoder, method: SimCSE, optimizer: torch.optim.Optimiz
     """Take the steps from `first` to `steps`; yields (step, loss, what was compared) of each."""
     device, trained = next(model.parameters()).device, nn.ModuleList([model, method])
 
-    def last_layers(ids: Tensor, mask: Tensor) -> list[Tensor]:   # (V·B, T)s -> (V·B, T, D)s
-        return model.layers(ids, mask)[-method.layers_read :]
+    def last_layers(ids: Tensor, mask: Tensor, places: Tensor | None = None) -> list[Tensor]:
+        return model.layers(ids, mask, places)[-method.layers_read :]               # (V·B, T, D)s
 
     for step, batch in enumerate(batches, start=first):
         torch.manual_seed(step_seed(config.seed, step))
@@ -73,10 +77,10 @@ def train(model: SentenceEncoder, method: SimCSE, optimizer: torch.optim.Optimiz
 
         # One pass encodes all views. Each row draws its own dropout, so that SimCSE's anchor and
         # positive differ although text and weights are the same.
-        ids, mask, rows = (x.to(device, non_blocking=True) for x in batch[:3])
+        ids, mask, places, rows = (sent(x, device) for x in batch[:4])
         pieces = Pieces(batch.columns, config.micro_batch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            hidden = pieces(last_layers, ids, mask)               # (V·B, T, D)s
+            hidden = pieces(last_layers, ids, mask, places=places)                  # (V·B, T, D)s
             vectors = model.embed(hidden, mask).float()           # (V·B, D)
         out = Encoded(columns=list(vectors.chunk(batch.columns)), step=step, steps=steps, rows=rows,
                       ids=ids, mask=mask, hidden=hidden, bf16=bf16, pieces=pieces)
@@ -97,7 +101,7 @@ def make_batches(method: SimCSE, tokenizer: Tokenizer, config: Config,
         columns = method.views(rows, random.Random(f"{config.seed} {step}"))
         ids, mask = tokenizer([text for column in columns for text in column],
                               max_tokens=config.max_tokens)
-        yield Batch(ids, mask, torch.tensor(rows), len(columns))
+        yield Batch(ids, mask, places_of(mask), torch.tensor(rows), len(columns))
 
 
 # ---- what a run needs -----------------------------------------------------------------------
@@ -126,12 +130,13 @@ def read_inputs(given: dict) -> Inputs:
     with exits(2):
         check_ranges(asked)
         device = pick_device(asked.device)
+        say_limits(device)
     with exits(3):
         own = Path(asked.data) if asked.data else None
         corpora = [data.read_corpus(name, own) for name in results.names_of(asked.corpus)]
         folder = encoder_folder(asked.encoder)
-        model, tokenizer = open_encoder(folder, pooling=asked.pooling)
-        config = resolve(method, given, model.config, columns=len(corpora[0].columns))
+        model, tokenizer = open_encoder(folder, pooling=given.get("pooling"), head=asked.head)
+        config = resolve(method, given, model.config, columns=len(corpora[0].columns), own=model)
         test = read_test(config.test, own)
         dev = None if config.dev == "none" else read_test(config.dev, own, split="dev")
         doctors = [doctor(each, tokenizer, max_tokens=config.max_tokens) for each in corpora]
@@ -167,14 +172,19 @@ class Job:
         """Scores are computed in float32, whatever the precision of training."""
         return partial(encode, self.model, self.inputs.tokenizer)
 
+    @property
+    def encode_corpus(self) -> Encode:
+        """What a method looks at a whole corpus with: in the precision of training."""
+        return partial(self.encode, precision=torch.bfloat16 if self.bf16 else torch.float32)
+
 
 def build(inputs: Inputs, config: Config) -> Job:
     """Model, method and optimizer of one seed, before the first step."""
     torch.manual_seed(config.seed)                                # the head's weights
     model = load(inputs.folder, pooling=config.pooling, dropout=config.dropout)
     method = METHODS[config.method](inputs.corpus, config, model=model)
-    if config.head != "none":
-        model.head = method.head(model.config.width)
+    if config.head != "own":
+        model.head = method.head(model.config.width) if config.head != "none" else None
         model.keep_head = config.head == "keep"
     nn.ModuleList([model, method]).to(inputs.device)
     return Job(config, inputs, model, method, make_optimizer(model, method, config),
@@ -192,10 +202,12 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
         overwrite: bool = False, start: Result | None = None) -> dict:
     """Train and score one seed; `start` is the score of its untrained encoder, where it is known.
 
-    A better model is first written to a hidden folder; then state.pt is replaced, which names the
-    step of that model; then the model's files take their places. Each move is atomic, so a run
-    that is killed between two of them goes on with a state and a model that belong together.
-    results.json comes last and says that the run is finished.
+    The state is saved before the first step, every ten minutes, after the last step, and when the
+    run is asked to stop. A better model waits in a hidden folder for the next of these moments:
+    state.pt is replaced, which names the step of that model; then the model's files take their
+    places. Each move is atomic, so a run that is killed goes on from a state and a model that
+    belong together, and finds what came after them again, to the bit. results.json comes last and
+    says that the run is finished.
     """
     with exits(3):
         job, sources = build(inputs, config), run_folder.sources(inputs)
@@ -212,9 +224,12 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
         run_folder.describe(folder, config, sources, command(), inputs.doctor)
         with exits(3):
             state = State(before=asdict(before_training(job, start)))
+        run_folder.save_state(folder, state, job.networks, job.optimizer)
     with Stop().listening() as stop:
         state = (fit_turns if job.method.turns else fit)(job, folder, state, stop)
     if stop.signal:
+        if not state.best_step:
+            save(job.model, folder)                               # the last, as none was chosen
         complain(f"stopped at step {state.step} of {job.method.turns or job.steps}, state saved in "
                  f"{folder}; go on with:\n  {command()} --resume")
         raise SystemExit(128 + stop.signal)
@@ -223,16 +238,17 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
 
 def before_training(job: Job, start: Result | None) -> Result:
     """Prepare the method and score the encoder, without the head, which knows nothing yet."""
-    head, job.model.head = job.model.head, None
-    job.method.prepare(job.encode)
+    head, job.model.head = job.model.head, job.model.head if job.config.head == "own" else None
+    job.method.prepare(job.encode_corpus)
     start = start or job.inputs.test.score(job.encode)
     job.model.head = head
     return start
 
 
 def fit(job: Job, folder: Path, state: State, stop: Stop) -> State:
-    """Train to the end or to a signal; the folder always holds the best model so far."""
+    """Train to the end or to a signal; without dev, the last model is the best."""
     log, config = Log(folder, job.config.batch_size), job.config
+    due = time.monotonic() + SAVE_EVERY
     loop = steps_of(job, batches_by_round(job, first=state.step + 1), first=state.step + 1)
     bar = tqdm(loop, total=job.steps, initial=state.step, disable=None, unit="step")
     for step, loss, out in bar:
@@ -240,19 +256,21 @@ def fit(job: Job, folder: Path, state: State, stop: Stop) -> State:
         log.add(loss, step=step, rows=out.rows, learning_rate=job.optimizer.param_groups[0]["lr"])
         scoring = step % config.dev_every == 0 or step == job.steps
         logging = scoring or step % LOG_EVERY == 0
-        if logging or stop.signal:
+        saving = stop.signal or step == job.steps or logging and time.monotonic() > due
+        if logging or saving:
             log.check(job.inputs.corpus)                          # before anything is saved
-        if scoring:
+        if scoring if job.inputs.dev else saving:
             with log.paused():
                 state, scores = keep_best(job, folder, state)
         if logging:
             row = log.line(step, measures(out) | job.method.logs() | scores)
             log.warn_of_collapse(row, job.steps)
             bar.set_postfix_str(f"loss {row['loss']:.4f}", refresh=False)
-        if scoring or stop.signal:
+        if saving:
             with log.paused():
                 run_folder.save_state(folder, state, job.networks, job.optimizer)
-        if stop.signal:
+            due = time.monotonic() + SAVE_EVERY
+        if saving and stop.signal:                                # else at the next step
             break
     return state
 
@@ -274,7 +292,7 @@ def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
     for count, rows in plan:
         end = begin + count                                       # the next round's first step
         if 1 < begin and first <= begin:
-            method.refresh(job.encode, rows)
+            method.refresh(job.encode_corpus, rows)
         if first < end:
             now = max(first, begin)
             batches = make_batches(method, job.inputs.tokenizer, job.config, plan, first=now)
@@ -283,19 +301,17 @@ def batches_by_round(job: Job, *, first: int) -> Iterator[Batch]:
 
 
 def keep_best(job: Job, folder: Path, state: State) -> tuple[State, dict]:
-    """Score on dev, and stage the model if it is better; without dev the last one is the best."""
+    """Score on dev, if there is one, and let the model wait for the next save if it is better."""
     result = job.inputs.dev.score(job.encode) if job.inputs.dev else None
     score = result.scores["avg"] if result else state.best
     if not state.best_step or not result or score > state.best:
-        stage(contents(job.model), run_folder.waiting(folder, state.step))
+        run_folder.hold_best(folder, contents(job.model), state.step)
         state = replace(state, best_step=state.step, best=score)
     return state, {"dev": result.scores, "dev_geometry": result.geometry} if result else {}
 
 
 def fit_turns(job: Job, folder: Path, state: State, stop: Stop) -> State:
     """`fit` for a paper that calls `train` in turns (fedrcl, pnr): each counts as one step."""
-    if not state.step:
-        run_folder.save_state(folder, state, job.networks, job.optimizer)
     try:
         for row in job.method.outer_loop(job, partial(train_on, job, stop), first=state.step + 1):
             state, scores = keep_best(job, folder, replace(state, step=state.step + 1))
@@ -333,7 +349,8 @@ def finish(job: Job, folder: Path, state: State) -> dict:
                  f"try: python eval_sts.py {folder} --test {job.config.test}")
         raise SystemExit(4) from None
     more = job.method.report(job, run_folder.lines(folder)) if job.method.turns else ("", {})
-    return results.conclude(folder, job.config, state, asdict(after), more)
+    flips = job.inputs.test.flips(state.before.get("answers"), after.answers)
+    return results.conclude(folder, best, job.config, state, asdict(after), more, flips)
 
 
 def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, *, resume: bool, overwrite: bool
@@ -353,24 +370,13 @@ def run_seeds(inputs: Inputs, seeds: list[int], folder: Path, *, resume: bool, o
 
 def dry_run(inputs: Inputs) -> str:
     """Three steps, a score, a save and a reload on the first rows; the text of the plan."""
-    once, config = partial(timeit, number=1), inputs.config       # seconds that a call takes
-    least = max(DRY_ROWS, 4 * config.batch_size)
+    least = max(DRY_ROWS, 4 * inputs.config.batch_size)
     few = [corpus.part(range(min(len(corpus), least))) for corpus in inputs.corpora]
     with exits(3):
-        job = build(replace(inputs, corpora=few), config)
-        preparing = once(lambda: job.method.prepare(job.encode)) * len(inputs.corpus) / len(few[0])
+        job = build(replace(inputs, corpora=few), inputs.config)
     loop = steps_of(job, batches_by_round(job, first=1), first=1)
-    *_, seconds = (once(lambda: next(loop)[1].item()) for _ in range(min(3, job.steps)))
-    scoring = once(lambda: (inputs.dev or inputs.test).score(job.encode))
-    with tempfile.TemporaryDirectory() as folder:
-        save(job.model, folder)
-        again = load(folder).to(inputs.device)
-        texts = few[0].columns[0][:8]
-        same = torch.equal(job.encode(texts), encode(again, inputs.tokenizer, texts))
-    return results.plan(steps=count_steps(config, len(inputs.corpus)), seconds=seconds, same=same,
-                        scores_every=config.dev_every if inputs.dev else 0, scoring=scoring,
-                        preparing=preparing, turns=job.method.turns or 1,
-                        memory=peak_memory(inputs.device))
+    return rehearse(job, loop, rows=len(inputs.corpus),
+                    steps=job.method.steps_of_run(inputs.config, inputs.corpora))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -387,8 +393,8 @@ def main(argv: list[str] | None = None) -> None:
     if seeds:
         return print(run_seeds(inputs, seeds, folder, resume=resume, overwrite=overwrite))
     run(inputs, config, folder, resume=resume, overwrite=overwrite)
-    print((folder / "results.md").read_text())
+    print((folder / "results.md").read_text("utf-8"))
 
 
 if __name__ == "__main__":
-    sys.exit(program(main))
+    sys.exit(program(main, "--resume"))

@@ -3,6 +3,7 @@ What encodes a sentence? BERT and RoBERTa in plain PyTorch, poolings and heads.
 
     ids     (B, T)     token numbers of B sentences, padded on the right to T
     mask    (B, T)     True at a token, False at padding
+    places  (R,)       where the R tokens are among all B·T, the rest being padding
     hidden  (B, T, D)  one vector a token, L + 1 times: the embeddings, then every layer
     x       (B, D)     one vector a sentence, pooled from the hidden states
 
@@ -63,6 +64,7 @@ class Tokens:
     rows: Tensor                                                  # (R, D)
     places: Tensor                                                # (R,) among all B·T
     mask: Tensor                                                  # (B, T)
+    visible: Tensor                                               # (B, 1, 1, T) -inf: padding
 
     @property
     def whole(self) -> bool:
@@ -87,12 +89,28 @@ class Tokens:
 
     def first(self) -> "Tokens":
         """Only the first token of every sentence: T is 1."""
-        rows = self.rows[self.starts()]                           # (B, D)
-        return Tokens(rows, torch.arange(len(rows), device=rows.device), self.mask[:, :1])
+        rows = self.rows.index_select(0, self.starts())           # (B, D)
+        return replace(self, rows=rows, mask=self.mask[:, :1],
+                       places=torch.arange(len(rows), device=rows.device))
 
-    def with_first(self, x: Tensor) -> "Tokens":                  # (B, D)
-        """The same tokens with other vectors in place of the first of every sentence."""
-        return replace(self, rows=self.rows.index_copy(0, self.starts(), x.to(self.rows.dtype)))
+
+@dataclass(frozen=True)
+class Hidden(Sequence):
+    """The hidden states of a batch, (B, T, D) each; one is unpacked only when it is read."""
+    states: list[Tokens]
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, which: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(which, slice):
+            return [self[layer] for layer in range(len(self))[which]]
+        return self.states[which].unpack(self.states[which].rows)
+
+
+def places_of(mask: Tensor) -> Tensor:                            # (B, T) -> (R,)
+    """Where the real tokens are; for a mask on the GPU the host waits, as it must know R."""
+    return mask.flatten().nonzero()[:, 0]
 
 
 class SelfAttention(nn.Module):
@@ -103,17 +121,25 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
-        self.query, self.key, self.value, self.output = (
-            nn.Linear(config.width, config.width) for _ in range(4))
-        self.heads, self.dropout = config.heads, config.attention_dropout
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.dropout = config.attention_dropout
+        self.each = config.heads, config.width // config.heads    # H, D/H
+
+    def project(self, x: Tokens, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """What the weight's rows make of the tokens, D rows at a time: (B, H, T, D/H)s."""
+        made = x.unpack(F.linear(x.rows, weight, bias))
+        return [each.transpose(1, 2) for each in made.unflatten(-1, (-1, *self.each)).unbind(dim=2)]
 
     def forward(self, asking: Tokens, x: Tokens) -> Tensor:       # Q tokens, R tokens -> (Q, D)
-        q, k, v = (
-            tokens.unpack(project(tokens.rows)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for project, tokens in ((self.query, asking), (self.key, x), (self.value, x))
-        )                                                                         # (B, H, T, D/H)
+        weights = self.query_key_value.weight, self.query_key_value.bias          # (3·D, D), (3·D,)
+        if asking is x:
+            q, k, v = self.project(x, *weights)                   # in one product
+        else:
+            D = x.rows.shape[1]
+            [q], [k, v] = map(self.project, (asking, x), *(w.split([D, 2 * D]) for w in weights))
         mixed = F.scaled_dot_product_attention(                                   # (B, H, T, D/H)
-            q, k, v, attn_mask=x.mask[:, None, None, :],          # no token looks at padding
+            q, k, v, attn_mask=x.visible,                         # no token looks at padding
             dropout_p=self.dropout if self.training else 0.0)
         return self.output(asking.pack(mixed.transpose(1, 2).flatten(2)))         # (Q, D)
 
@@ -152,48 +178,56 @@ class Encoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.apply(initialize)
 
-    def forward(self, ids: Tensor, mask: Tensor, *,
-                first_only: bool = False) -> list[Tensor]:         # (B, T), (B, T) -> (B, T, D)s
+    def forward(self, ids: Tensor, mask: Tensor, places: Tensor | None = None, *,
+                first_only: bool = False) -> Hidden:              # (B, T), (B, T) -> (B, T, D)s
         """The hidden states; `first_only` leaves but the first token of the last: (B, 1, D)."""
-        return self.through(self.embed(ids, mask), first_only=first_only)
+        return self.through(self.embed(ids, mask, places), first_only=first_only)
 
-    def embed(self, ids: Tensor, mask: Tensor) -> Tokens:         # (B, T), (B, T) -> R tokens
-        """The input of the first layer: word, position and type, normalized."""
+    def embed(self, ids: Tensor, mask: Tensor, places: Tensor | None = None) -> Tokens:
+        """The input of the first layer: word, position and type, normalized.  -> R tokens"""
         T, most = ids.shape[1], self.config.usable_positions
         if T > most:
             raise ValueError(f"expected at most {most} tokens, found {T}; lower max_tokens")
         positions = self.positions.weight[self.config.first_position :][:T]       # (T, D)
         # Type 0 marks the first of an input's sentences, which is the only one here.
         x = self.words(ids) + self.types.weight[0] + positions                    # (B, T, D)
-        places = mask.flatten().nonzero()[:, 0]                                   # (R,)
-        return Tokens(self.dropout(self.norm(x.flatten(0, 1)[places])), places, mask)
+        places = places_of(mask) if places is None else places                    # (R,)
+        rows = self.dropout(self.norm(x.flatten(0, 1).index_select(0, places)))   # (R, D)
+        # Made here in the precision of products, or every layer would convert it.
+        kind = x.device.type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        visible = torch.where(mask, 0.0, -torch.inf).to(precision)[:, None, None, :]
+        return Tokens(rows, places, mask, visible)
 
-    def through(self, x: Tokens, *, first_only: bool = False) -> list[Tensor]:
+    def through(self, x: Tokens, *, first_only: bool = False) -> Hidden:
         """The hidden states from given embeddings on: L + 1 x (B, T, D)."""
-        hidden = [x.unpack(x.rows)]
+        states = [x]
         for layer in self.layers:
             last = layer is self.layers[-1]
-            x = layer(x.first() if first_only and last else x, x)
-            hidden.append(x.unpack(x.rows))
-        return hidden
+            states.append(x := layer(x.first() if first_only and last else x, x))
+        return Hidden(states)
 
 
-def cls(hidden: list[Tensor], mask: Tensor) -> Tensor:            # (B, T, D)s, (B, T) -> (B, D)
+def cls(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:        # (B, T, D)s, (B, T) -> (B, D)
     """The first token of the last layer: [CLS] in BERT, <s> in RoBERTa."""
     return hidden[-1][:, 0]
 
 
-def mean(hidden: list[Tensor], mask: Tensor) -> Tensor:
+def mean(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The mean of the last layer over the real tokens, [CLS] and [SEP] included."""
     return (hidden[-1] * mask[:, :, None]).sum(dim=1) / mask.sum(dim=1, keepdim=True)
 
 
-def first_last(hidden: list[Tensor], mask: Tensor) -> Tensor:
-    """The mean of layers 1 and L: SimCSE's code, too, takes hidden[1], not the embeddings."""
+def first_last(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """The mean of layers 1 and L: SimCSE's code, too, takes hidden[1], not the embeddings.
+
+    So raw BERT-base scores 60.73, as users of that code report (its issue 285); the 56.70 of the
+    paper's Table 5 is from an older code, which averaged the embeddings with layer L.
+    """
     return mean([(hidden[1] + hidden[-1]) / 2], mask)
 
 
-def last2(hidden: list[Tensor], mask: Tensor) -> Tensor:
+def last2(hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
     """The mean of the last two layers: SimCSE's `avg_top2`."""
     return mean([(hidden[-2] + hidden[-1]) / 2], mask)
 
@@ -229,19 +263,24 @@ class SentenceEncoder(nn.Module):
         self.max_tokens = min(max_tokens or self.config.positions, self.config.usable_positions)
         self.files = files or {}
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:       # (B, T), (B, T) -> (B, D)
-        return self.embed(self.layers(ids, mask), mask)
+    def forward(self, ids: Tensor, mask: Tensor, places: Tensor | None = None) -> Tensor:
+        return self.embed(self.layers(ids, mask, places), mask)   # (B, T), (B, T) -> (B, D)
 
-    def layers(self, ids: Tensor, mask: Tensor) -> list[Tensor]:  # -> L + 1 x (B, T, D)
+    def layers(self, ids: Tensor, mask: Tensor, places: Tensor | None = None) -> Hidden:
         """The hidden states that the pooling reads: for [CLS], one token of the last layer."""
-        return self.encoder(ids, mask, first_only=self.pooling == "cls")
+        return self.encoder(ids, mask, places, first_only=self.pooling == "cls")
 
-    def embed(self, hidden: list[Tensor], mask: Tensor) -> Tensor:
+    def embed(self, hidden: Sequence[Tensor], mask: Tensor) -> Tensor:
         """The vectors from the hidden states, for a method that needs these as well."""
         x = POOLINGS[self.pooling](hidden, mask)                  # (B, D)
         if self.head is not None and (self.training or self.keep_head):
             x = self.head(x)
         return F.normalize(x, dim=-1) if self.normalize and not self.training else x
+
+
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host does not wait until a GPU has it."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -253,6 +292,9 @@ def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str]
     Equal sentences are encoded once, and those of like length together, for little padding.
     `pooling` replaces the model's own, and then no head is used.
     """
+    if isinstance(sentences, str):            # or every letter would be a sentence
+        raise ValueError(f"expected a list of sentences, found one string, {sentences[:40]!r}: "
+                         "put it in brackets")
     unique = sorted(dict.fromkeys(sentences), key=len, reverse=True)
     device, was_training = next(model.parameters()).device, model.training
     # Vectors stay on the device, which so computes while the next batch is tokenized.
@@ -262,10 +304,11 @@ def encode(model: SentenceEncoder, tokenizer: Callable, sentences: Sequence[str]
         with torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32):
             for rows, ids, mask in batches_by_length(unique, tokenizer, batch_size,
                                                      max_tokens or model.max_tokens):
-                ids, mask = ids.to(device), mask.to(device)
-                x = (POOLINGS[pooling](model.encoder(ids, mask), mask) if pooling
-                     else model(ids, mask))                       # (B, D)
-                vectors[rows.to(device)] = x.float()
+                rows, ids, mask, places = (
+                    sent(x, device) for x in (rows, ids, mask, places_of(mask)))
+                x = (POOLINGS[pooling](model.encoder(ids, mask, places), mask) if pooling
+                     else model(ids, mask, places))               # (B, D)
+                vectors[rows] = x.float()
     finally:
         model.train(was_training)
     row = {sentence: i for i, sentence in enumerate(unique)}

@@ -12,16 +12,17 @@ left over is an error.
 import json
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from engine.files import packed, put
+from engine.layouts import MERGE, home, modules, read, sentence_settings, wrong
+from engine.tokenizer_files import optional, rules_of
 from model import ACTIVATIONS, Encoder, EncoderConfig, Head, MaskedLMHead, SentenceEncoder
 
 SETTINGS = {                                                      # ours -> config.json's
@@ -51,17 +52,22 @@ MASKED_LM = {
 POOLING_KEYS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens"}
 POOLER, DENSE = [("^", "pooler.dense.")], [("^", "linear.")]      # a kept head, in either library
 DENSE_SETTINGS = {"bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
-CHAINS = [["Transformer", "Pooling", *more]
-          for more in ([], ["Dense"], ["Normalize"], ["Dense", "Normalize"])]
+DENSE_USUAL = {"use_residual": False, "module_input_name": "sentence_embedding",
+               "module_output_name": "sentence_embedding"}
 TODAY = [(r"\.gamma$", ".weight"), (r"\.beta$", ".bias"), (r"^(bert|roberta)\.", "")]
 NOT_ENCODER = ("pooler.", "cls.", "lm_head.", "embeddings.position_ids")
+# Byte for byte: older libraries cannot read a tokenizer.json that a newer one has written.
 COPIED = ["config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt"]
+          "added_tokens.json", "vocab.txt", "vocab.json", "merges.txt",
+          "config_sentence_transformers.json"]
 
 
 def read_config(folder: str | Path) -> EncoderConfig:
     """The numbers in config.json; refuses an encoder that ours does not compute."""
-    path = Path(folder) / "config.json"
+    path = home(Path(folder)) / "config.json"
+    if (adapter := path.with_name("adapter_config.json")).is_file():
+        raise ValueError(f"{adapter} is that of " + MERGE.format(
+            read(adapter).get("base_model_name_or_path"), path.parent))
     found = read(path)
     for key, allowed in SUPPORTED.items():
         if found.get(key, allowed[0]) not in allowed:
@@ -99,33 +105,23 @@ def translate(tensors: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[
     return tensors
 
 
-def wrong(path: str | Path, expected: object, found: object) -> ValueError:
-    """The error for a file that makes no encoder of ours."""
-    return ValueError(f"{path}: expected {expected}, found {found}; choose another encoder")
-
-
-def read(path: Path) -> dict | list:
-    """The content of a JSON or safetensors file, refused where the file is missing or damaged."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected an encoder as Hugging Face stores it,"
-                                " with model.safetensors; choose another folder")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from None
-    if not isinstance(content, list if path.name == "modules.json" else dict):
-        raise wrong(path, "settings of an encoder", content)
-    return content
+def in_thirds(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, but what makes query, key and value at once as the three of a folder."""
+    found = {}
+    for name, tensor in tensors.items():
+        parts = ["query", "key", "value"] if "query_key_value" in name else [""]
+        found |= {name.replace("query_key_value", part): rows
+                  for part, rows in zip(parts, tensor.chunk(len(parts)))}
+    return found
 
 
 def fill(module: nn.Module, tensors: dict[str, Tensor], table: list[tuple[str, str]],
          path: Path) -> None:
     """Fill every tensor of the module from those of a file, and leave none of these over."""
-    own = translate(module.state_dict(), table)
+    own = translate(in_thirds(module.state_dict()), table)
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
+        missing, extra = (some[:20] + ["..."] * (len(some) > 20) for some in (missing, extra))
         raise wrong(path, "the tensors that config.json implies",
                     f"{missing or 'none'} missing and {extra or 'none'} left over")
     for name, tensor in tensors.items():
@@ -138,24 +134,57 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], table: list[tuple[str, s
         own[name].copy_(tensor)                                   # fp16 becomes fp32 here
 
 
-def load(folder: str | Path, *, pooling: str | None = None,
-         dropout: float | None = None) -> SentenceEncoder:
+def load(folder: str | Path, *, pooling: str | None = None, dropout: float | None = None,
+         tell: Callable[[str], None] = lambda notice: None) -> SentenceEncoder:
     """The encoder of a Hugging Face or sentence-transformers folder, pooled as the folder says.
 
-    `pooling` overrides that; `dropout` overrides both rates, of hidden states and of attention.
+    A folder without a word on pooling is pooled by cls. `pooling` overrides that, and "pooler" is
+    cls with the tanh layer in the file on top. `dropout` overrides both rates, of hidden states and
+    of attention. What the user should know about it goes to `tell`.
     """
-    folder = Path(folder)
-    config, path = read_config(folder), folder / "model.safetensors"
+    folder, inner = Path(folder), home(Path(folder))
+    config, path = read_config(folder), inner / "model.safetensors"
     if dropout is not None:
         config = replace(config, dropout=dropout, attention_dropout=dropout)
-    tensors = {name: tensor for name, tensor in translate(read(path), TODAY).items()
-               if not name.startswith(NOT_ENCODER)}
-    check_size(config, sum(tensor.numel() for tensor in tensors.values()), path)
+    tensors, heads = without_heads(read(path))
+    parts = {name: x for name, x in tensors.items() if not name.startswith(NOT_ENCODER)}
+    check_size(config, sum(tensor.numel() for tensor in parts.values()), path)
     encoder = Encoder(config)
-    fill(encoder, tensors, ENCODER, path)
-    found = read_modules(folder, config.width) | ({"pooling": pooling} if pooling else {})
-    files = {name: (folder / name).read_bytes() for name in COPIED if (folder / name).is_file()}
+    fill(encoder, parts, ENCODER, path)
+    found = read_modules(folder, config.width)
+    stated = found.setdefault("pooling", None)
+    if unused := [name for name in heads if (name, pooling) != ("mlp", "pooler")]:
+        tell(f"NOTICE: {path}: the encoder is taken without what stands on it: {', '.join(unused)}"
+             + ("; --pooling pooler scores with mlp" if "mlp" in unused else ""))
+    if pooling and stated not in (None, pooling):
+        tell(f"NOTICE: --pooling {pooling} takes the place of {folder}'s own, {stated}")
+    elif not (pooling or stated):
+        tell(f"NOTICE: {folder} does not say how to pool: cls is assumed; choose with --pooling")
+    if pooling == "pooler":
+        found |= {"head": Head(config.width), "keep_head": True}
+        fill(found["head"], {name: x for name, x in tensors.items()
+                             if name.startswith("pooler.dense.")}, POOLER, path)
+    found["pooling"] = {"pooler": "cls"}.get(pooling, pooling or stated or "cls")
+    files = {name: (place / name).read_bytes() for place in (folder, inner) for name in COPIED
+             if (place / name).is_file()}
+    files["sentence_bert_config.json"] = json.dumps(sentence_settings(folder)).encode()
+    if "tokenizer.json" not in files and not files.keys().isdisjoint(("vocab.txt", "merges.txt")):
+        files["tokenizer.json"] = json.dumps(rules_of(folder)).encode()
     return SentenceEncoder(encoder, files=files, **found)
+
+
+def without_heads(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of BERT under today's names, and the names of what stands on it.
+
+    A model of more than BERT says bert. or roberta. before BERT's tensors. The training head of
+    SimCSE's own code, mlp, becomes the pooler, as in the models that it published.
+    """
+    alone = not any(name.startswith(("bert.", "roberta.")) for name in tensors)
+    heads = set() if alone else {name.split(".")[0] for name in tensors
+                                 if not name.startswith(("bert.", "roberta.", *NOT_ENCODER))}
+    kept = {name: x for name, x in tensors.items() if name.split(".")[0] not in heads}
+    mlp = {name: x for name, x in tensors.items() if name.startswith("mlp.dense.") and not alone}
+    return translate(kept, TODAY) | translate(mlp, [("^mlp", "pooler")]), sorted(heads)
 
 
 def check_size(config: EncoderConfig, found: int, path: Path) -> None:
@@ -167,32 +196,35 @@ def check_size(config: EncoderConfig, found: int, path: Path) -> None:
 
 
 def read_modules(folder: Path, width: int) -> dict:
-    """The modules after the encoder, as sentence-transformers has them; without any, the mean."""
-    found, limits, path = {}, folder / "sentence_bert_config.json", folder / "modules.json"
-    if limits.is_file():
-        most = found["max_tokens"] = read(limits).get("max_seq_length")
-        if most is not None and (type(most) is not int or most < 3):
-            raise wrong(limits, "max_seq_length to be 3 or more", most)
-    if not path.is_file():
-        return found | {"pooling": "mean"}
-    modules = read(path)
-    for module in modules:
-        if not (isinstance(module, dict) and isinstance(module.get("type"), str)
-                and isinstance(module.get("path"), str)):
-            raise wrong(path, "modules with a type and a path", module)
-    kinds = [module["type"].split(".")[-1] for module in modules]
-    if kinds not in CHAINS:
-        raise wrong(path, f"one of {CHAINS}", kinds)
-    found["pooling"] = read_pooling(folder / modules[1]["path"] / "config.json")
-    found["normalize"] = "Normalize" in kinds
-    if "Dense" in kinds:
-        dense = folder / modules[2]["path"]
-        settings, weights = read(dense / "config.json"), dense / "model.safetensors"
-        if not DENSE_SETTINGS.items() <= settings.items() or settings.get("use_residual"):
-            raise wrong(dense / "config.json", DENSE_SETTINGS, settings)
+    """What follows the encoder, as sentence-transformers has it; no pooling if none is stated."""
+    chain, path = modules(folder), folder / "config_sentence_transformers.json"
+    prompts = optional(path)
+    if prompt := (prompts.get("prompts") or {}).get(prompts.get("default_prompt_name")):
+        raise wrong(path, "default_prompt_name to be null, as nothing is put before a sentence",
+                    repr(prompt))
+    found = {"max_tokens": token_limit(folder), "normalize": "Normalize" in chain}
+    if "Pooling" in chain:
+        found["pooling"] = read_pooling(chain["Pooling"] / "config.json")
+    if "Dense" in chain:
+        settings, weights = (chain["Dense"] / name for name in ("config.json", "model.safetensors"))
+        expected, said = DENSE_SETTINGS | DENSE_USUAL, read(settings)
+        if any(said.get(key, value) != value for key, value in expected.items()):
+            raise wrong(settings, DENSE_SETTINGS, said)
         found |= {"head": Head(width), "keep_head": True}
         fill(found["head"], read(weights), DENSE, weights)
     return found
+
+
+def token_limit(folder: Path) -> int | None:
+    """The tokens at which sentence-transformers cuts a sentence, where the folder says."""
+    for path, key, said in (
+            (folder, "max_seq_length", sentence_settings(folder)),
+            (home(folder), "model_max_length", optional(home(folder) / "tokenizer_config.json"))):
+        if (most := said.get(key)) is not None:
+            if type(most) not in (int, float) or not 3 <= most:
+                raise wrong(path, f"{key} to be 3 or more", most)
+            return int(min(most, 10**9))                          # 10**30 stands for none
+    return None
 
 
 def read_pooling(path: Path) -> str:
@@ -200,6 +232,8 @@ def read_pooling(path: Path) -> str:
     settings = read(path)
     on = [key for key, value in settings.items() if key.startswith("pooling_mode_") and value]
     found = settings.get("pooling_mode", on)
+    if settings.get("include_prompt") is False:
+        raise wrong(path, "a pooling of all tokens, those of a prompt too", "include_prompt false")
     for pooling, key in POOLING_KEYS.items():
         if found in (pooling, [key]):
             return pooling
@@ -212,7 +246,7 @@ def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
     Its decoder starts as a copy of the word embeddings, which SimCSE's code trains apart from them;
     `head.words = model.encoder.words.weight` ties the two again.
     """
-    path, table = Path(folder) / "model.safetensors", MASKED_LM[model.config.model_type]
+    path, table = home(Path(folder)) / "model.safetensors", MASKED_LM[model.config.model_type]
     found = {name: tensor for name, tensor in sorted(translate(read(path), TODAY).items())
              if name.startswith(("cls.predictions.", "lm_head."))}
     if not found:
@@ -226,10 +260,7 @@ def load_masked_lm(folder: str | Path, model: SentenceEncoder) -> MaskedLMHead:
 
 
 def check_vocabulary(config: EncoderConfig, ids: Collection[int]) -> None:
-    """Refuse a tokenizer with more words than the encoder, or far fewer (a few: rounding)."""
-    if not 0.9 * config.vocab_size <= len(ids) <= config.vocab_size:
-        raise wrong("tokenizer.json", f"90 to 100 % of the encoder's {config.vocab_size} entries",
-                    len(ids))
+    """Refuse a tokenizer with an id that the encoder has no embedding for."""
     if max(ids) >= config.vocab_size:
         raise wrong("tokenizer.json", f"ids below the encoder's {config.vocab_size}", max(ids))
 
@@ -250,9 +281,12 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
                "torch_dtype": "float32", "dtype": "float32"}      # old and new readers differ
     head = model.head.state_dict() if model.head is not None and model.keep_head else {}
     chain = ["Transformer", "Pooling", *["Dense"] * bool(head), *["Normalize"] * model.normalize]
-    files = model.files | {
+    said = json.loads(model.files.get("sentence_bert_config.json", "{}"))
+    files = {
+        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": "cosine"},
+        **model.files,
         "config.json": config,
-        "model.safetensors": translate(model.encoder.state_dict(), ENCODER),
+        "model.safetensors": translate(in_thirds(model.encoder.state_dict()), ENCODER),
         # sentence-transformers has moved its modules; new versions understand old addresses too.
         "modules.json": [{"idx": i, "name": str(i), "path": f"{i}_{kind}" if i else "",
                           "type": f"sentence_transformers.models.{kind}"}
@@ -261,8 +295,8 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
             "word_embedding_dimension": width,
             **{key: model.pooling == pooling for pooling, key in POOLING_KEYS.items()},
             "pooling_mode_max_tokens": False, "pooling_mode_mean_sqrt_len_tokens": False},
-        "sentence_bert_config.json": {"max_seq_length": model.max_tokens, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": {}, "similarity_fn_name": "cosine"},
+        "sentence_bert_config.json": {"max_seq_length": model.max_tokens,
+                                      "do_lower_case": bool(said.get("do_lower_case"))},
     }
     if head:
         size = {"in_features": width, "out_features": width}
@@ -275,11 +309,11 @@ def contents(model: SentenceEncoder) -> dict[str, bytes | dict | list]:
 def save_masked_lm(model: SentenceEncoder, head: MaskedLMHead, folder: str | Path) -> None:
     """Write encoder and tied head in float16 for transformers' AutoModelForMaskedLM."""
     kind = model.config.model_type
-    files = {name: content for name, content in contents(model).items() if name in COPIED}
+    files = contents(model)
     files["config.json"] |= {"architectures": [kind.capitalize() + "ForMaskedLM"],
                              "tie_word_embeddings": True,
                              "torch_dtype": "float16", "dtype": "float16"}
-    encoder = translate(model.encoder.state_dict(), [*ENCODER, ("^", f"{kind}.")])
+    encoder = translate(in_thirds(model.encoder.state_dict()), [*ENCODER, ("^", f"{kind}.")])
     tied = translate(head.state_dict(), MASKED_LM[kind])
     del tied[next(name for name in tied if name.endswith("decoder.weight"))]
     files["model.safetensors"] = packed(encoder | tied, torch.float16)

@@ -88,7 +88,8 @@ def packed(tensors: dict[str, Tensor], precision: torch.dtype) -> bytes:
 
 
 def write_text(path: Path, text: str) -> None:
-    write(path, text.encode())
+    """Write UTF-8; a file's name with other bytes is escaped, as JSON does it."""
+    write(path, text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: dict) -> None:

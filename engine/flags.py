@@ -4,22 +4,34 @@ How does a dataclass become a command line? Flags with their ranges, exit codes,
     flag(default, group, text, ...)      a field of a dataclass that says all about its flag
     add_flags(parser, fields)            the fields as flags, each in its group of --help
     check_ranges(config)                 the first value outside of its range, refused
+    Parser                               answers an unknown flag with the one that was meant
     exits(code), program(main)           what can go wrong, as one sentence and an exit code
 
-Exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 130 interrupted.
+Exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 130 interrupted;
+141 nobody reads the output any more, as with `| head`.
 """
 
 import argparse
 import math
+import os
+import re
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, dataclass, field, fields
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import torch
+
+# Words in the flags of other programs, and ours.
+SYNONYMS = {"lr": "learning", "bs": "batch", "wd": "decay", "model": "encoder", "train": "corpus",
+            "dataset": "corpus", "eval": "dev", "tau": "temperature", "temp": "temperature",
+            "len": "tokens", "length": "tokens", "output": "out", "pooler": "pooling",
+            "gpu": "device", "cuda": "device", "cpu": "device", "fp16": "precision",
+            "bf16": "precision", "force": "overwrite"}
 
 
 def flag(default, group: str, text: str, choices=None, *, several: bool = False,
@@ -95,13 +107,44 @@ class OneOrMore(argparse.Action):
         setattr(namespace, self.dest, values[0] if len(values) == 1 else values)
 
 
-def seed_range(text: str) -> list[int]:
-    """"0-4" -> [0, 1, 2, 3, 4]."""
-    first, _, last = text.partition("-")
-    seeds = list(range(int(first), int(last or first) + 1))
-    if not seeds:
-        raise ValueError
-    return seeds
+class Parser(argparse.ArgumentParser):
+    """A parser that takes no abbreviations, and answers an unknown flag with the one meant."""
+    foreign: Iterable[str] = ()       # flags that exist, but not here
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(args, namespace)
+        known = {flag for flag in self._option_string_actions if flag[:2] == "--"} | {*self.foreign}
+        pairs = ((arg, meant(arg.partition("=")[0], known)) for arg in unknown if arg[:1] == "-")
+        hints = [f"instead of {arg}, did you mean {flag}?" for arg, flag in pairs if flag]
+        if unknown:
+            self.error("; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints]))
+        return found
+
+
+def meant(flag: str, known: Iterable[str]) -> str:
+    """The known flag that an unknown one is most like, or "": --lr -> --learning-rate."""
+    typed = flag.strip("-").lower().replace("_", "-")
+    words = {SYNONYMS.get(word, word) for word in typed.split("-")}
+
+    def likeness(other: str) -> tuple[float, float]:
+        theirs = {*other.strip("-").split("-")}
+        return (len(words & theirs) / len(words | theirs),
+                SequenceMatcher(None, typed, other.strip("-")).ratio())
+    best = max(sorted(known), key=likeness)
+    return best if likeness(best) > (0, 0.6) else ""
+
+
+def seed_list(text: str) -> list[int]:
+    """"0-2,7" -> [0, 1, 2, 7]; each seed once."""
+    with suppress(ValueError):
+        spans = [(int(first), int(last or first)) for first, _, last in (
+            part.partition("-") for part in text.split(","))]
+        if all(first <= last for first, last in spans):
+            return sorted({seed for first, last in spans for seed in range(first, last + 1)})
+    raise argparse.ArgumentTypeError(f"expected seeds such as 0-4 or 0,1,2, found {text!r}")
 
 
 def count(text: str) -> int:
@@ -113,19 +156,33 @@ def count(text: str) -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of this name; `auto` is cuda or cpu, and not mps, which lacks float64."""
+    """The device of this name, from now on the current one; `auto` is cuda or cpu, never mps."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {name}: this machine or this build of torch has none; "
                          "use --device auto or cpu") from None
-    return torch.device(name)
+    if device.type == "cuda" and device.index:
+        torch.cuda.set_device(device)         # name, memory and bfloat16 are asked of the current
+    return device
+
+
+def say_limits(device: torch.device) -> None:
+    """Tell the user in a sentence what the device lacks, if anything."""
+    if device.type == "mps":
+        complain("NOTICE: --device mps trains in float32, as it lacks float64 and we use no "
+                 "bfloat16 there; before torch 2.8 it also lacks an operation of the encoder")
+    elif device.type == "cuda" and not wants_bf16("auto", device):
+        complain("NOTICE: this GPU has no bfloat16, so --precision auto is float32")
 
 
 def wants_bf16(precision: str, device: torch.device) -> bool:
-    """Train in bfloat16? `auto`: where the hardware has it, since emulated it is slow."""
+    """Train in bfloat16? `auto`: where the hardware has it, since emulated it is slow.
+
+    Having it is no promise of speed: see `mini` on a processor with AMX in docs/PERFORMANCE.md.
+    """
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
@@ -152,25 +209,69 @@ def exits(code: int):
     """Turn an error of the input into one sentence and this exit code."""
     try:
         yield
+    except BrokenPipeError:                                       # no fault of the input
+        raise
     except (OSError, ValueError) as error:
         complain(str(error))
         raise SystemExit(code) from None
 
 
-def program(main: Callable[[], None], again: str = "--resume") -> int:
+def program(main: Callable[[], None], again: str = "") -> int:
     """Run main; the exit code says what went wrong, `again` is the flag to go on with."""
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:         # as nohup has it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in place of engine.interrupt's
+    sys.stdout, sys.stderr = streams = [                          # None where it is closed
+        stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")             # of letters that a console lacks
     try:
-        main()
+        code = outcome(main, f"; go on with:\n  {command()} {again}" if again else "")
+    except BrokenPipeError:
+        code = 128 + 13                                           # SIGPIPE, as others die by it
+    for stream in streams:
+        try:
+            stream.flush()
+        except OSError:                                           # Python would complain at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def outcome(main: Callable[[], None], advice: str) -> int:
+    """Run main; its exit code, where an error gets a sentence."""
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()                                    # here a closed pipe is noticed
+            sys.stderr.flush()
     except KeyboardInterrupt:
-        complain(f"interrupted outside the training loop; go on with:\n  {command()} {again}")
+        complain(f"interrupted{advice}")
         return 130
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        complain(f"{error}; what was saved before stands, go on with:\n  {command()} {again}")
-    except (FloatingPointError, MemoryError) as error:
+        complain(f"{error}; what was saved before stands{advice}")
+    except ImportError as error:
+        complain(f"{error}: pip install -U -r requirements.txt")
+    except FloatingPointError as error:
         complain(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
+            raise
+        said = str(error).partition("\n")[0]
+        complain(said if said.startswith("out of memory") else
+                 f"out of memory ({said[:80]}); what was saved before stands{advice}")
     else:
         return 0
     return 1
+
+
+def lacks_memory(error: Exception) -> bool:
+    """Is it a lack of memory? A processor's, and some of CUDA's, is known by its text alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or bool(
+        isinstance(error, RuntimeError) and re.search(
+            "DefaultCPUAllocator|bad_alloc|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED",
+            str(error)))
 
 
 class Stop:

@@ -9,7 +9,6 @@ costs one more forward pass.
 """
 
 import ctypes
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from engine.flags import lacks_memory
 
 TRIM_EVERY = 50                       # steps
 
@@ -27,12 +28,16 @@ class Pieces:
     columns: int = 1                  # V
     most: int = 0
 
-    def __call__(self, f: Callable[..., list[Tensor]], *block: Tensor) -> list[Tensor]:
-        """f(*block), for an f that makes (V·B, ...) of (V·B, ...) row by row."""
+    def __call__(self, f: Callable[..., list[Tensor]], *block: Tensor, **whole: Tensor
+                 ) -> list[Tensor]:
+        """f(*block, **whole), for an f that makes (V·B, ...) of (V·B, ...) row by row.
+
+        What is known of the whole block spares f some work, and a piece goes without.
+        """
         columns = [x.unflatten(0, (self.columns, -1)) for x in block]               # (V, B, ...)s
         rows = columns[0].shape[1]
         if not 0 < self.most < rows:
-            return f(*block)
+            return f(*block, **whole)
         seed, made = torch.randint(2**62, ()).item(), []
         for start in range(0, rows, self.most):
             piece = (x[:, start : start + self.most].flatten(0, 1) for x in columns)
@@ -60,9 +65,7 @@ def within_memory(steps: Iterator, config) -> Iterator:
             if count % TRIM_EVERY == 0:
                 trim_memory()
     except (MemoryError, RuntimeError) as error:
-        # A processor's lack of memory is a plain RuntimeError, known by its text alone.
-        if not (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                or re.search("DefaultCPUAllocator|bad_alloc", str(error))):
+        if not lacks_memory(error):
             raise
         rows = min(config.micro_batch or config.batch_size, config.batch_size)
         what, advice = ((f"{rows} rows", f"--micro-batch {rows // 2}, which has the same gradient")
@@ -80,7 +83,7 @@ def trim_memory() -> None:
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process held so far on this device."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB on the GPU"
     try:
         from resource import RUSAGE_SELF, getrusage
     except ImportError:

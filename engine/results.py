@@ -1,12 +1,15 @@
 """What does a run report? Its plan; then results.json, tables, a model card, a verdict."""
 
+import json
 import math
 import statistics
 from pathlib import Path
 
+from engine.changes import draw_path, shortened
 from engine.files import write_json, write_text
-from engine.run_folder import State, drop_state
+from engine.run_folder import State, drop_state, lines
 from engine.tables import table
+from model import SentenceEncoder
 
 # Lowest, highest and mean average of seven STS tasks over 50 seeds each of unsupervised SimCSE on
 # wiki1m, from the results of hppRC/simple-simcse.
@@ -14,6 +17,7 @@ REFERENCE = {
     "bert-base-uncased": (73.16, 76.70, 75.11), "bert-large-uncased": (70.31, 77.28, 74.95),
     "roberta-base": (74.17, 75.14, 74.60), "roberta-large": (75.64, 77.69, 76.71),
 }
+ENGLISH = {"docs", "wiki1m", "nli"}   # corpora
 
 
 def default_folder(config) -> Path:
@@ -29,21 +33,9 @@ def names_of(corpus: str | list[str]) -> list[str]:
     return [corpus] if isinstance(corpus, str) else corpus
 
 
-def plan(*, steps: int, seconds: float, scores_every: int, scoring: float, preparing: float,
-         turns: int, memory: str, same: bool) -> str:
-    """The text of --dry-run: how long a run takes, as a few of its steps suggest."""
-    scored = -(-steps // scores_every) if scores_every else 0
-    minutes = (preparing + turns * (steps * seconds + (scored + 2) * scoring)) / 60
-    again = f", {turns} times" if turns > 1 else ""
-    return "\n".join([f"steps: {steps} at {seconds:.3f} s{again}",
-                      f"dev scores: {scored}, at {scoring:.1f} s",
-                      f"before the first step: {preparing / 60:.1f} minutes, by its first rows",
-                      f"expected time: {minutes:.1f} minutes", f"peak memory: {memory}",
-                      f"saved and reloaded with equal vectors: {'yes' if same else 'NO'}"])
-
-
-def conclude(folder: Path, config, state: State, after: dict, more: tuple[str, dict]) -> dict:
-    """Write results.json, results.md and the model card; returns the results.
+def conclude(folder: Path, model: SentenceEncoder, config, state: State, after: dict,
+             more: tuple[str, dict], flips: str) -> dict:
+    """Write results.json, results.md, the model card and the picture; returns the results.
 
     `more` is what a paper adds to results.md and to results.json.
     """
@@ -54,8 +46,9 @@ def conclude(folder: Path, config, state: State, after: dict, more: tuple[str, d
                "dev": {} if config.dev == "none" else {"avg": state.best},
                "best_step": state.best_step, "steps": state.step, **more[1]}
     text = before_and_after(config, results) + (f"\n{more[0]}" if more[0] else "")
-    write_text(folder / "results.md", text)
-    write_text(folder / "README.md", model_card(folder, config, text))
+    write_text(folder / "results.md", text + (f"\n{flips}\n" if flips else ""))
+    write_text(folder / "README.md", model_card(folder, model, config, text))
+    draw_path(folder, shortened(experiment(config)), lines(folder), results)
     write_json(folder / "results.json", results)                  # last: it says "finished"
     drop_state(folder)
     return results
@@ -67,47 +60,77 @@ def before_and_after(config, results: dict) -> str:
     if results["mean"]:
         rows = {f"{name}, all": row for name, row in rows.items()}
         rows |= {"before, mean": results["before_mean"], "after, mean": results["mean"]}
-    chosen = (f"step {results['best_step']} of {results['steps']}, the best on {config.dev} dev"
+    chosen = (f"step {results['best_step']} of {results['steps']}, the best on "
+              f"{known_as(config.dev)} dev"
               if config.dev != "none" else f"step {results['steps']}, the last")
     title = f"{experiment(config)}, seed {config.seed}, {config.pooling} pooling: {chosen}"
     shapes = [f"{name}, before and after: " + ", ".join(
         f"{measure} {results['geometry_before'][name][measure]:.3f} {value:.3f}"
         for measure, value in after.items()) for name, after in results["geometry"].items()]
+    if config.dev == config.test != "stsb":                       # which has pairs for either
+        shapes.append("The pairs of the test also chose the checkpoint: on others, expect less.")
     return "\n\n".join([title, table(rows), *shapes]) + "\n"
 
 
 def experiment(config) -> str:
     """The experiment in one line."""
-    taught = f" taught by {config.teacher}" if getattr(config, "teacher", "") else ""
+    teacher = getattr(config, "teacher", "")
+    taught = f" taught by {known_as(teacher)}" if teacher else ""
     return (f"{config.method} with {config.loss} and {config.positives}{taught}, from "
-            f"{config.encoder} on {', '.join(names_of(config.corpus))}, test {config.test}")
+            f"{known_as(config.encoder)} on {', '.join(map(known_as, names_of(config.corpus)))}, "
+            f"test {known_as(config.test)}")
 
 
-def model_card(folder: Path, config, text: str) -> str:
-    """The README.md of the folder, with the lines that load it elsewhere."""
-    place = ("`pooler_output`" if config.head == "keep" else
-             "the vector of the first token of the last layer" if config.pooling == "cls" else
-             "the mean of the last layer over the real tokens")
-    return f"""# {folder.name}
+def known_as(name: str) -> str:
+    """The name of a file or folder without the path on this machine; any other name as it is."""
+    path = Path(name).absolute()
+    return path.name if path.exists() or Path(name).is_absolute() else name
+
+
+VECTORS = {                                                       # pooling -> transformers
+    "cls": "model(**tokens).last_hidden_state[:, 0]",
+    "mean": "(model(**tokens).last_hidden_state * mask).sum(1) / mask.sum(1)",
+    "pooler": "model(**tokens).pooler_output",
+}
+
+
+def model_card(folder: Path, model: SentenceEncoder, config, text: str) -> str:
+    """README.md of the folder: what the Hub reads, the scores, lines that need no mincse."""
+    facts = []
+    if {*names_of(config.corpus)} <= ENGLISH:
+        facts.append("language: en")
+    if config.encoder != "mini" and not Path(config.encoder).exists():
+        facts.append(f"base_model: {json.dumps(config.encoder)}")
+    code = [f"vectors = {VECTORS['pooler' if model.keep_head else model.pooling]}"]
+    if model.pooling == "mean":
+        code.insert(0, 'mask = tokens["attention_mask"][:, :, None]')
+    if model.normalize:
+        code.append("vectors = vectors / vectors.norm(dim=1, keepdim=True)")
+    return "\n".join(["---", *facts, f"""library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags:
+- sentence-transformers
+- sentence-similarity
+- feature-extraction
+---
+
+# {folder.absolute().name}
 
 A sentence encoder trained with mincse.
 
 {text}
-Load it with any of:
+Load it in its folder, or with its path or its name on the Hub in place of the dot:
 
 ```python
 from sentence_transformers import SentenceTransformer
-vectors = SentenceTransformer("{folder}").encode(["A man plays a guitar."])
+model = SentenceTransformer(".")
+vectors = model.encode(["A man plays a guitar."])
 ```
 ```python
-from pathlib import Path                       # in a clone of mincse
-from eval_sts import open_encoder
-from model import encode
-vectors = encode(*open_encoder(Path("{folder}")), ["A man plays a guitar."])
-```
-
-In `transformers.AutoModel` take {place}.
-"""
+from transformers import AutoModel, AutoTokenizer
+model, tokenizer = AutoModel.from_pretrained("."), AutoTokenizer.from_pretrained(".")
+tokens = tokenizer(["A man plays a guitar."], padding=True, truncation=True,
+                   max_length={model.max_tokens}, return_tensors="pt")""", *code, "```", ""])
 
 
 def summarise(folder: Path, config, results: dict[int, dict]) -> str:

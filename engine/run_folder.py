@@ -30,14 +30,16 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from engine.files import naming, read_json, replacing, settle, write_json, write_text
-from engine.flags import complain, dashed
-from engine.hub import ENCODER_EXTRAS, ENCODER_FILES, encoder_folder, file_sha256
+from engine.files import (naming, read_json, replacing, settle, stage, write_json,
+                          write_text)
+from engine.flags import complain, dashed, lacks_memory, pick_device
+from engine.hub import encoder_folder, file_sha256
+from engine.layouts import ENCODER_FILES, SETTINGS_FILES, VOCABULARY_FILES
 from engine.tables import plain
 
 # What --overwrite removes at once; args.json stays until it is replaced, to mark the folder.
 OWN_FILES = ("results.json", "results.md", "metrics.jsonl", "state.pt", "model.safetensors",
-             "README.md", "bad-batch.json")
+             "README.md", "bad-batch.json", "geometry.png")
 # Settings that may differ when a run goes on. Smaller pieces draw other dropout, nothing else.
 HARMLESS = ("out", "device", "threads", "data", "micro_batch")
 
@@ -57,7 +59,9 @@ def sources(inputs) -> dict[str, str]:
 
 def encoder_sha256(folder: Path) -> str:
     """One sha256 of all files that make an encoder."""
-    paths = [folder / name for name in ENCODER_FILES + ENCODER_EXTRAS]
+    paths = [folder / name for name in ENCODER_FILES + SETTINGS_FILES + VOCABULARY_FILES]
+    paths += [path for kind in ("*/*.json", "*/*.txt", "*/*.safetensors", "model-*.safetensors")
+              for path in sorted(folder.glob(kind))]
     found = [f"{path.name} {file_sha256(path)}" for path in paths if path.is_file()]
     return hashlib.sha256("\n".join(found).encode()).hexdigest()
 
@@ -112,23 +116,25 @@ def describe(folder: Path, config, sources: dict, command: str, doctor: dict) ->
     """Write args.json and env.json: what is run, and on what."""
     write_json(folder / "args.json",
                {"command": command, "config": asdict(config), "sources": sources})
-    write_json(folder / "env.json", {"corpus": doctor, **environment()})
+    write_json(folder / "env.json",
+               {"corpus": doctor, **environment(pick_device(config.device))})
 
 
-def environment() -> dict:
-    """The machine and the versions of the packages."""
+def environment(device: torch.device) -> dict:
+    """The machine, the GPU if the run is on one, and the versions of the packages."""
     packages = ("torch", "numpy", "scipy", "tokenizers", "safetensors")
     return {"python": platform.python_version(), "processor": processor(),
             "platform": f"{platform.system()} {platform.machine()}",
             "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             **{name: version(name) for name in packages}}
 
 
 def processor() -> str:
     """The processor's name where the system tells it."""
     about = Path("/proc/cpuinfo")                                 # Linux
-    name = about.is_file() and re.search(r"^model name\s*: (.*)", about.read_text(), re.MULTILINE)
+    text = about.read_text("utf-8", errors="replace") if about.is_file() else ""
+    name = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
     return name[1] if name else platform.processor()
 
 
@@ -166,9 +172,10 @@ def load_state(folder: Path, networks: nn.ModuleDict, optimizer: Optimizer) -> S
         networks.load_state_dict(saved.get("networks") or saved["parts"])   # of an older version
         optimizer.load_state_dict(saved["optimizer"])
         check_state(state, optimizer)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise MemoryError(f"out of memory while {path} was read, which is left as it is") from None
     except Exception as error:
+        if lacks_memory(error):
+            raise MemoryError(f"out of memory while {path} was read, which is left as it is") \
+                from None
         raise ValueError(f"{path}: expected the state of this run, found {str(error)[:80]!r}: "
                          "start again with --overwrite") from None
     return state
@@ -194,7 +201,7 @@ def clear_after(folder: Path, state: State) -> None:
     settle_best(folder, state)
     log = folder / "metrics.jsonl"
     if log.is_file():
-        lines = log.read_text(errors="replace").splitlines(keepends=True)
+        lines = log.read_text("utf-8", errors="replace").splitlines(keepends=True)
         write_text(log, "".join(line for line in lines if step_of(line) <= state.step))
 
 
@@ -210,6 +217,13 @@ def step_of(line: str) -> float:
 def waiting(folder: Path, step: int) -> Path:
     """Where the model of a step waits until the state that names it is on the disk."""
     return folder / f".best-{step}"
+
+
+def hold_best(folder: Path, files: dict, step: int) -> None:
+    """Write the model of a step, to wait for the next state; better than all that wait, if any."""
+    for path in folder.glob(".best-*"):
+        shutil.rmtree(path)
+    stage(files, waiting(folder, step))
 
 
 def settle_best(folder: Path, state: State) -> None:
@@ -284,7 +298,7 @@ def mean_loss(losses: list[Tensor]) -> float:
 def add_line(folder: Path, row: dict) -> None:
     """Append a line to metrics.jsonl."""
     path = folder / "metrics.jsonl"
-    with naming(path), path.open("a") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(plain(row)) + "\n")
 
 
@@ -292,4 +306,4 @@ def lines(folder: Path) -> list[dict]:
     """All lines of metrics.jsonl, with NaN again for null."""
     back = partial(json.loads, object_hook=lambda row: {
         name: math.nan if value is None else value for name, value in row.items()})
-    return list(map(back, (folder / "metrics.jsonl").read_text().splitlines()))
+    return list(map(back, (folder / "metrics.jsonl").read_text("utf-8").splitlines()))

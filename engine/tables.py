@@ -25,9 +25,23 @@ def scores_text(result, *, verbose: bool = False) -> str:
     blocks = [table(rows if result.mean else {"doc twins": result.scores})]
     if verbose:
         blocks += [f"{task}\n\n{table({'rho': scores})}" for task, scores in result.subsets.items()]
-    blocks += [f"alignment {found['alignment']:.3f}, uniformity {found['uniformity']:.3f} on {name}"
-               for name, found in result.geometry.items()]
-    return "\n\n".join(blocks)
+    blocks += [f"{shape_text(found)} on {name}" for name, found in result.geometry.items()]
+    return "\n\n".join(blocks + remarks(result.scores, result.geometry))
+
+
+def shape_text(*shapes: dict[str, float]) -> str:
+    """Alignment and uniformity, of several encoders one after the other."""
+    return ", ".join(f"{measure} " + " ".join(f"{shape[measure]:.3f}" for shape in shapes)
+                     for measure in shapes[0] if not math.isnan(shapes[0][measure]))
+
+
+def remarks(scores: dict[str, float], geometry: dict[str, dict[str, float]]) -> list[str]:
+    """Why a score or an alignment has no value, in a sentence each."""
+    return [text for text, found in (
+        ("nan: to this encoder all pairs are equally similar, so they have no ranks.", scores),
+        ("Alignment is that of pairs scored above 4; here are none.",
+         {name: shape["alignment"] for name, shape in geometry.items()})
+    ) if any(map(math.isnan, found.values()))]
 
 
 def plain(value):

@@ -37,15 +37,17 @@ def read_lines(path: Path) -> Iterator[str]:
     """The lines of a UTF-8 file, gzipped or not; \\n alone ends one, as texts may hold U+2028."""
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(io.BufferedReader(file), start=1):
                 if b"\0" in line:
-                    raise ValueError(f"{path}:{number}: expected UTF-8 text, found a NUL character")
+                    raise ValueError(f"{path}:{number}: expected UTF-8 text, found a NUL character,"
+                                     " as in UTF-16 or in what is no text; convert the file")
                 text = line.decode("utf-8")
                 yield text.removeprefix("\ufeff") if number == 1 else text
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}:{number}: expected UTF-8, found the byte "
-                         f"{error.object[error.start]:#04x}; convert the file") from None
+                         f"{error.object[error.start]:#04x}; convert the file, "
+                         "for example by iconv -f cp1252 -t utf-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: damaged gzip after line {number} ({error}); fetch the file "
                          "again") from None

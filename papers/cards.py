@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.flags import Row, flag
+from engine.flags import Row, flag, pick_device
 from papers import settings
 from papers.corpus import index, nearest_others, text_numbers
 from papers.simcse import Encoded, SimCSE
@@ -55,6 +55,7 @@ class CARDS(SimCSE):
     }
     columns_taken = (1,)
     hard_negatives = True             # --hard-negative-weight is e^β of the authors' code
+    for_views = ("nearest",)
     needs = {"retrieve_from": "retrieved"}
     toy = dict(retrieve_from=8)
 
@@ -76,6 +77,7 @@ class CARDS(SimCSE):
                              f"{len(first) - 1}, as {config.corpus} has {len(first)} sentences")
         nearest = torch.zeros(len(first), config.retrieve_from, dtype=torch.int32)
         self.register_buffer("nearest", nearest)                  # (N, K)
+        self.search = self.search if config.retrieved else None
 
     def prepare(self, encode: Callable) -> None:
         if not self.config.retrieved:
@@ -85,9 +87,12 @@ class CARDS(SimCSE):
         if key not in FOUND:
             ask = partial(encode, pooling="mean", max_tokens=self.config.max_tokens)
             FOUND.clear()
-            FOUND[key] = nearest_others(index(ask, self.texts), self.config.retrieve_from,
-                                        device=self.nearest.device)
+            FOUND[key] = self.search(index(ask, self.texts))
         self.nearest.copy_(FOUND[key])
+
+    def search(self, vectors: Tensor) -> Tensor:                  # (N, D) -> (N, K)
+        return nearest_others(vectors, self.config.retrieve_from,
+                              device=pick_device(self.config.device))
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
         near = self.nearest[[self.number[row] for row in rows]].tolist()            # B x K

@@ -78,7 +78,7 @@ class CoreTuning(SimCSE):
         anchor, group = out.anchor, self.group[out.rows]          # (B, D), (B,)
         same = group[:, None] == group                            # (B, B)
         # The columns after the anchor: what it entails and, in triples, what it contradicts.
-        given = list(zip(out.columns[1:], torch.eye(3).to(anchor)))
+        given = list(zip(out.columns[1:], torch.eye(3).to(anchor, non_blocking=True)))
         strangers, mixed = harder(anchor, given, same, alpha=self.config.mixing_alpha,
                                   rng=np.random.default_rng([self.config.seed, out.step]))
         contrast = self.supervised_contrast(anchor, given, mixed, same)
@@ -119,11 +119,12 @@ def harder(anchor: Tensor, given: list[Pairs], same: Tensor, *, alpha: float,
     """The strangers, then positive+ and negative+ of every anchor."""
     if same.all():                                                # one group has no strangers
         return [], []
-    entailed, contradicted, unrelated = torch.eye(3).to(anchor)
+    entailed, contradicted, unrelated = torch.eye(3).to(anchor, non_blocking=True)
     hypotheses, _ = given[0]                                      # (B, D) those that are entailed
     x = torch.cat([vectors for vectors, _ in given])              # (C, D), C = B or 2B
     positive, negative, stranger = choose(anchor, x, same, rng)                     # (B,) x 3
-    share, most = torch.from_numpy(rng.beta(alpha, alpha, (2, len(anchor), 1))).to(anchor)
+    shares = torch.from_numpy(rng.beta(alpha, alpha, (2, len(anchor), 1)))
+    share, most = shares.to(anchor, non_blocking=True)                              # (B, 1)s
     # Row B + i of x is contradicted by anchor i; all its other negatives are unrelated to it.
     own = negative == torch.arange(len(anchor), 2 * len(anchor), device=anchor.device)
     label = torch.where(own[:, None], contradicted, unrelated)                      # (B, 3)
@@ -138,7 +139,8 @@ def choose(anchor: Tensor, x: Tensor, same: Tensor, rng: np.random.Generator
     """For each anchor the least similar positive, the most similar negative and a stranger."""
     similarity = cosine(anchor, x)                                                  # (B, C)
     entailed = F.pad(same, (0, len(x) - len(anchor)))                               # (B, C)
-    chance = torch.from_numpy(rng.random(similarity.shape)).to(similarity)          # (B, C)
+    chance = torch.from_numpy(rng.random(similarity.shape)).to(                     # (B, C)
+        similarity, non_blocking=True)
     own_group = same.repeat(1, len(x) // len(anchor))             # with what its rows contradict
     return (similarity.masked_fill(~entailed, math.inf).argmin(dim=1),
             similarity.masked_fill(entailed, -math.inf).argmax(dim=1),

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data import Corpus, row_order
+from engine.flags import pick_device, wants_bf16
 from engine.hub import encoder_folder
 from eval_sts import Encode, open_encoder
 from model import encode
@@ -81,14 +82,14 @@ def nearest_others(x: Tensor, k: int, *, chunk: int = 4096, device: torch.device
 
     Exact, in 2·N²·D operations, on blocks of 64 MB: all cosines of a million rows would fill 4 TB.
     """
-    found = torch.empty(len(x), k, dtype=torch.int32)
+    x, found = x.to(device), torch.empty(len(x), k, dtype=torch.int32)
     starts = range(0, len(x), chunk)
     for start in tqdm(starts, disable=None, desc="neighbours", unit="chunk"):
-        rows = unit(x[start : start + chunk], device)             # (R, D), R up to chunk
+        rows = unit(x[start : start + chunk])                     # (R, D), R up to chunk
         best = rows.new_empty(len(rows), 0)                       # (R, K) in the end, as `numbers`
         numbers = torch.empty_like(best, dtype=torch.long)
         for first in starts:
-            cosines = rows @ unit(x[first : first + chunk], device).mT              # (R, chunk)
+            cosines = rows @ unit(x[first : first + chunk]).mT                      # (R, chunk)
             if first == start:
                 cosines.fill_diagonal_(-torch.inf)                # nobody is their own neighbour
             top, at = cosines.topk(min(k, cosines.shape[1]))
@@ -116,9 +117,12 @@ def kmeans(x: Tensor, k: int, *, seed: int, iterations: int = 20,
     generator = torch.Generator().manual_seed(seed)
     x = unit(x[torch.randperm(len(x), generator=generator)[: 256 * k]], device)
     centres = far_apart(x[: 50 * k], k, generator)
+    numbers = torch.arange(len(centres), device=x.device)
     for _ in range(iterations):
         label, similarity, _ = assign(x, centres)
-        total = torch.zeros_like(centres).index_add_(0, label, x)
+        # A sum of products, and not index_add_, whose order of adding is any on a GPU.
+        total = sum((its_label == numbers[:, None]).to(x.dtype) @ rows              # (K, D)
+                    for rows, its_label in zip(x.split(8192), label.split(8192)))
         empty = torch.bincount(label, minlength=len(centres)) == 0
         total[empty] = x[similarity.argsort()[: empty.sum()]]
         centres = F.normalize(total, dim=-1)
@@ -157,15 +161,18 @@ def assign(x: Tensor, centres: Tensor, *, temperature: float = 0.1, chunk: int =
     return tuple(map(torch.cat, zip(*found)))
 
 
-def open_teacher(name: str, corpus: Corpus, *, device: torch.device | None = None) -> Encode:
-    """The function of another encoder, N sentences -> (N, D), by the name of the encoder.
+def open_teacher(config: Config, corpus: Corpus) -> Encode:
+    """The function of another encoder, N sentences -> (N, D), on the run's device.
 
-    Or by that of an .npy with a vector for each row of the corpus: it knows no other sentences.
+    Or of an .npy with a vector for each row of the corpus: it knows no other sentences.
     """
+    name, device = config.teacher, pick_device(config.device)
     if not name.endswith(".npy"):
         with torch.random.fork_rng(devices=[]):                   # later draws are as without it
             model, tokenizer = open_encoder(encoder_folder(name))
-        return partial(encode, model.to(device), tokenizer)
+        bf16 = wants_bf16(config.precision, device)
+        return partial(encode, model.to(device), tokenizer,
+                       precision=torch.bfloat16 if bf16 else torch.float32)
     whole = corpus.whole or corpus                                # a dry run has some rows only
     vectors = read_vectors(Path(name), whole)
     row = {}

@@ -5,6 +5,8 @@ Unlike SimCSE: the positive is a changed or another text, and every sentence has
     prepare   E positives and E negatives of every sentence, drawn from pools with the chances
                   p_c = w_c / Σ_c w_c,   w_c = r_c / max(e(surface of c), e_min)
                   of a positive r_c = sem if sem >= θ+, of a negative 1 - sem if sem <= θ-, else 0
+                  1 random pair in 1000 has a sem above θ+, and 50 have one above θ-. If θ+ is 0.7,
+                  sem 0.95 at e 0.4 weighs 2.4, sem 0.80 at e 0.2 weighs 4.0, sem 0.60 nothing
     views     the sentence, one of its positives and one of its negatives
     loss      InfoNCE; positives of other anchors with sem > θ- are false negatives and left out
 
@@ -64,6 +66,7 @@ class DebCSE(SimCSE):
     columns_taken = (1,)
     positives_taken = ("dropout",)    # the text itself, as it draws changed ones of its own
     hard_negatives = True
+    for_views = ("positives", "negatives")
 
     @classmethod
     def check(cls, config, corpora, shape):
@@ -85,7 +88,7 @@ class DebCSE(SimCSE):
         config, device = self.config, self.limit.device
         judge = partial(encode, pooling=config.pooling)
         if config.teacher:
-            judge = open_teacher(config.teacher, self.corpus, device=device)
+            judge = open_teacher(config, self.corpus)
         else:
             complain(f"WARNING: meaning is judged by {config.encoder} as it starts; use --teacher "
                      "with one that was trained on sentences, such as a simcse run")
@@ -99,19 +102,22 @@ class DebCSE(SimCSE):
         self.of_sentences.copy_(vectors[: len(self.corpus)])
         self.of_positives.copy_(vectors[positives])
 
+    def search(self, vectors: Tensor) -> Tensor:                  # (N, Dt) -> (N, 200)
+        return nearest_texts(vectors, self.limit.device)
+
     def text(self, number: int) -> str:
         """The text of a number, made when it is asked for, and always the same."""
         version, row = divmod(number, len(self.corpus))
         rng = random.Random(f"{self.config.seed} {number}")
         return VERSIONS[version](self.corpus.columns[0][row], rng)
 
-    def which(self, rows: Tensor) -> Tensor:                      # (B,) -> ()
+    def which(self, rows: Tensor) -> Tensor:                      # (B,) -> (B,)
         """Which of the E pairs the rows of a batch take; in the next epoch most take another."""
-        return rows.sum() % len(self.positives)
+        return (rows.sum() % len(self.positives)).expand(len(rows))
 
     def views(self, rows: list[int], rng: random.Random) -> list[list[str]]:
         own = torch.tensor(rows)
-        pair = self.which(own), own                               # (), (B,)
+        pair = self.which(own), own                               # (B,)s
         columns = own, self.positives[pair], self.negatives[pair]
         return [[self.text(number) for number in column.tolist()] for column in columns]
 
@@ -119,7 +125,7 @@ class DebCSE(SimCSE):
         batch, positives = len(out.anchor), self.of_positives[self.which(out.rows), out.rows]
         meaning = cosine(self.of_sentences[out.rows].float(), positives.float())    # (B, B)
         false = (meaning > self.limit).fill_diagonal_(False)
-        weight = own_hard_negative(batch, self.config.hard_negative_weight).to(meaning.device)
+        weight = own_hard_negative(out.anchor, self.config.hard_negative_weight)
         weight[:, :batch].masked_fill_(false, 0)
         # The share of the other positives of the batch that was left out.
         self.terms = {"false_negatives": false.sum() / (batch * (batch - 1))}
@@ -131,14 +137,15 @@ def debiased_pairs(corpus: Corpus, vectors: Tensor, words: Tensor, config: Confi
     """E positives and E negatives of each sentence, (E, N)s of numbers, and the threshold θ-."""
     n, count = len(corpus), config.epochs
     bins, generator = config.propensity_bins, torch.Generator().manual_seed(config.seed)
-    measure = partial(similarities, vectors, words, bins=bins)
-    # Cosines differ from teacher to teacher, so random pairs set the thresholds.
+    measure = partial(similarities, vectors.to(device), words.to(device), bins=bins)
+    # Cosines differ from teacher to teacher, so random pairs set the thresholds: 64 a text, or
+    # a million in all.
     pool = random_others(n, min(64, max(1, 1_000_000 // n)), generator)
     meaning, surface = measure(pool)
     low, high = meaning.flatten().quantile(torch.tensor([0.95, 0.999]))             # θ-, θ+
     e_random = propensity(pool, surface, bins)
     farthest = pool.gather(1, meaning.argmin(dim=1, keepdim=True))[:, 0]            # (N,)
-    nearest = nearest_others(vectors[:n], min(200, n - 1), device=device).long()    # (N, 200)
+    nearest = nearest_texts(vectors[:n], device).long()           # (N, 200)
 
     pool = positive_pool(len(vectors) // n, corpus.documents, nearest)
     meaning, surface = measure(pool)
@@ -155,6 +162,10 @@ def debiased_pairs(corpus: Corpus, vectors: Tensor, words: Tensor, config: Confi
     complain(f"positives have a similarity of {high:.2f} or more, negatives of {low:.2f} or less; "
              f"{alone:.0%} of the texts are their only positive")
     return positives.T, negatives.T, low.item()
+
+
+def nearest_texts(x: Tensor, device: torch.device | None = None) -> Tensor:   # (N, D) -> (N, 200)
+    return nearest_others(x, min(200, len(x) - 1), device=device)
 
 
 def propensity(pool: Tensor, surface: Tensor, bins: int) -> Tensor:    # (N, C) twice -> (bins,)
@@ -227,11 +238,12 @@ def similarities(vectors: Tensor, words: Tensor, pool: Tensor, *, bins: int, chu
     meaning, surface = [], []
     blocks = tqdm(torch.arange(len(pool)).split(chunk), disable=None, desc="similarity")
     for rows, some in zip(blocks, pool.split(chunk)):
+        rows, some = rows.to(vectors.device), some.to(vectors.device)               # (R,), (R, C)
         cosines = (unit(vectors[some]) @ unit(vectors[rows])[:, :, None])[..., 0]   # (R, C)
         meaning.append(cosines.clamp(min=0).masked_fill(some == EMPTY, torch.nan))
         own = words[rows.repeat_interleave(some.shape[1])]        # (R · C, T)
         surface.append(surface_bin(own, words[some.flatten()], bins).view_as(some))
-    return torch.cat(meaning), torch.cat(surface)
+    return torch.cat(meaning).cpu(), torch.cat(surface).cpu()
 
 
 def word_numbers(texts: Sequence[str], *, most: int) -> Tensor:   # -> (N, T), EMPTY behind the last
@@ -253,7 +265,7 @@ def surface_bin(a: Tensor, b: Tensor, bins: int) -> Tensor:       # (P, T) twice
 def edit_distance(a: Tensor, b: Tensor) -> Tensor:                # (P, T) twice -> (P,)
     """Levenshtein's: the fewest words to put in, take out or exchange that turn a into b."""
     length, other = (a != EMPTY).sum(dim=1), (b != EMPTY).sum(dim=1)                # (P,)
-    places = torch.arange(b.shape[1] + 1, dtype=torch.int32)                        # (T + 1,)
+    places = torch.arange(b.shape[1] + 1, dtype=torch.int32, device=b.device)       # (T + 1,)
     # Row i holds the distances from the first i words of a to every beginning of b.
     row = last = places.expand(len(a), -1)                                          # (P, T + 1)
     for i in range(1, int(length.max()) + 1):

@@ -22,7 +22,7 @@ A step costs about 3 of SimCSE's, or 2.3 with a distilled generator; memory doub
 
 import random
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
@@ -65,7 +65,6 @@ class DiffCSE(SimCSE):
         "bert-base": dict(learning_rate=7e-6, epochs=2),          # A.1, and the next
         "roberta-base": dict(batch_size=64, learning_rate=1e-5, epochs=2, rtd_rate=0.2),
         "large": dict(batch_size=64, learning_rate=5e-6, epochs=2),   # ours, and the next
-        "small": dict(epochs=2),
     }
     needs = {"rtd_rate": "rtd_weight"}
     columns_taken = (1,)
@@ -101,9 +100,10 @@ class DiffCSE(SimCSE):
 
     def detect(self, edited: Tensor, mask: Tensor, h: Tensor) -> Tensor:
         """Two scores a token: original, replaced.      (2B, T) x 2, (2B, D) -> (2B, T, 2)"""
-        # After LayerNorm, and without a position: h is no word.
-        x = self.discriminator.embed(edited, mask).with_first(h)
-        return self.detector(self.discriminator.through(x)[-1])
+        x = self.discriminator.embed(edited, mask)
+        # The first token is h, after LayerNorm and without a position: h is no word.
+        rows = x.rows.index_copy(0, x.starts(), h.to(x.rows.dtype))                 # (R, D)
+        return self.detector(self.discriminator.through(replace(x, rows=rows))[-1])
 
 
 class Generator(nn.Module):

@@ -32,6 +32,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from data import Corpus
 from engine.flags import Row, flag
 from engine.tables import table
 from losses import cosine
@@ -64,7 +65,7 @@ class FedRCL(SimCSE):
                 "a class attracts but must not collapse, client by client",
                 "Seo, Kim, Kim, Han: FedRCL. CVPR 2024, arXiv 2401.04928",
                 "none on text: theirs are of images")]
-    recipes = {"any": dict(head="none")}
+    recipes = {"any": dict(head="none", steps=0)}                 # an epoch, also of a client
     columns_taken = (1,)
     losses_taken = ("info-nce",)
     needs = {"rounds": "clients", "alpha": "clients"}
@@ -79,11 +80,18 @@ class FedRCL(SimCSE):
             raise ValueError(f"--levels: expected at most {shape.layers}, the layers of "
                              f"{config.encoder}, found {config.levels}")
         if config.clients:
-            texts = corpora[0].columns[0]
-            share = len(hold_out(texts, range(len(texts)))[1]) // config.clients
+            texts, share = corpora[0].columns[0], rows_of_client(config, corpora[0])
             if len(texts) < LEAST or share < config.batch_size:
                 raise ValueError(f"--clients: expected {LEAST} sentences and {config.batch_size} a "
                                  f"client, found {len(texts)} and {share}: use fewer clients")
+
+    @classmethod
+    def steps_of_run(cls, config, corpora):
+        if not config.clients:
+            return super().steps_of_run(config, corpora)
+        clients = len(taking_part(1, config.clients, seed=config.seed))
+        return config.rounds * clients * settings.count_steps(
+            config, rows_of_client(config, corpora[0]))
 
     def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
@@ -100,6 +108,7 @@ class FedRCL(SimCSE):
         """Give every sentence a class: the number of its cluster."""
         x = encode(self.corpus.columns[0], pooling="mean", max_tokens=self.config.max_tokens)
         # Directions from the mean: all vectors of an encoder without training share one direction.
+        x = x.to(self.labels.device)
         x = unit(x.float() - x.float().mean(dim=0))               # (N, D)
         centres = kmeans(x, self.config.classes, seed=self.config.seed)
         self.labels.copy_(assign(x, centres)[0])
@@ -112,11 +121,12 @@ class FedRCL(SimCSE):
         levels = [self.pool([out.hidden[level]], out.mask).to(out.anchor.dtype)
                   for level in self.levels]                       # (B, D)s
         ce_loss = F.cross_entropy(self.classifier(levels[-1]), labels)
-        found = [relaxed_contrast(x, labels, temperature=config.temperature,
-                                  threshold=config.penalty_threshold) for x in levels]
+        contrast, penalty = relaxed_contrast(                     # (levels, A), (levels, B)
+            torch.stack([cosine(x, x) for x in levels]), labels,
+            temperature=config.temperature, threshold=config.penalty_threshold)
         # Where no two sentences of the batch share a class, there is nothing to attract.
-        contrast = sum(each.sum() / max(len(each), 1) for each, _ in found) / len(found)
-        penalty = sum(each.mean() for _, each in found) / len(found)
+        contrast = (contrast.sum(dim=-1) / max(contrast.shape[-1], 1)).mean()
+        penalty = penalty.mean(dim=-1).mean()
         self.terms = {"ce_loss": ce_loss.detach(), "contrast": contrast.detach(),
                       "penalty": penalty.detach()}
         return ce_loss + config.scl_weight * contrast + config.penalty_weight * penalty
@@ -155,23 +165,31 @@ class FedRCL(SimCSE):
                 f"{table(shown, digits=3)}\n", {"rounds": rows})
 
 
-def relaxed_contrast(x: Tensor, labels: Tensor, *, temperature: float = 0.05,
+def relaxed_contrast(s: Tensor, labels: Tensor, *, temperature: float = 0.05,
                      threshold: float = 0.7) -> tuple[Tensor, Tensor]:
-    """Attraction within a class, and the penalty on close pairs.  (B, D), (B,) -> (A,), (B,)
+    """Attraction within a class, and the penalty on close pairs, from the cosines of a batch.
+
+        (..., B, B), (B,) -> (..., A), (..., B)
 
         contrast_i = mean_{j in P_i} -log  exp(s_ij / τ) / Σ_{k≠i} exp(s_ik / τ)
         penalty_i  = log(exp(1 / τ) + Σ_{j in P_i, s_ij > λ} exp(s_ij / τ)) - 1 / τ
 
     P_i: the others of the batch with its label; the A anchors that have any make the contrast.
     """
-    s, same = cosine(x, x), (labels[:, None] == labels).fill_diagonal_(False)       # (B, B)s
-    own = torch.eye(len(s), dtype=torch.bool, device=s.device)
+    same = (labels[:, None] == labels).fill_diagonal_(False)      # (B, B)
+    own = torch.eye(len(labels), dtype=torch.bool, device=s.device)
     count = same.sum(dim=1)                                       # (B,)
-    surprise = (s / temperature).masked_fill(own, -math.inf).logsumexp(dim=1)
-    contrast = surprise - (s * same).sum(dim=1) / count.clamp(min=1) / temperature
+    surprise = (s / temperature).masked_fill(own, -math.inf).logsumexp(dim=-1)
+    contrast = surprise - (s * same).sum(dim=-1) / count.clamp(min=1) / temperature
     # Shifted by 1, so that nothing near exp(20) is ever computed; the 1 itself stands at (i, i).
     excess = ((s - 1) / temperature).masked_fill(~(same & (s > threshold)), -math.inf)
-    return contrast[count > 0], excess.masked_fill(own, 0).logsumexp(dim=1)
+    contrast = contrast.index_select(-1, count.nonzero()[:, 0])   # one wait for the GPU, not six
+    return contrast, excess.masked_fill(own, 0).logsumexp(dim=-1)
+
+
+def rows_of_client(config: Config, corpus: Corpus) -> int:
+    texts = corpus.columns[0]
+    return len(hold_out(texts, range(len(texts)))[1]) // config.clients
 
 
 def deal_out(rows: Sequence[int], labels: Tensor, clients: int, *, alpha: float, seed: int

@@ -59,6 +59,7 @@ class IFND(SimCSE):
         super().__init__(corpus, config, model=model)
         k = config.clusters or 2 ** round(math.log2(config.batch_size - 1))
         self.sizes = (k, 4 * k)
+        # No label counts in round 0, which is SimCSE: an encoder clusters worst before training.
         accepted = torch.full((2, len(corpus)), EMPTY, dtype=torch.int32)
         self.register_buffer("label", accepted)                   # (2, N)
         self.register_buffer("refreshed", torch.tensor(0))
@@ -72,7 +73,8 @@ class IFND(SimCSE):
         """Cluster the rows that the run sees, and accept more of the labels than before."""
         rows = rows_of_run(len(rows), self.config)                # few, where --steps ends it early
         texts = [self.corpus.columns[0][row] for row in rows]
-        x = index(partial(encode, max_tokens=self.config.max_tokens), texts)        # (n, D)
+        x = index(partial(encode, max_tokens=self.config.max_tokens), texts)
+        x = x.to(self.label.device)                               # (n, D)
         self.refreshed += 1
         for level, k in enumerate(self.sizes):
             rng = random.Random(f"{self.config.seed} clusters {self.refreshed} {k}")
@@ -91,7 +93,7 @@ class IFND(SimCSE):
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
         batch, candidates = len(out.anchor), torch.cat(out.columns[1:])             # (C, D)
-        weight = own_hard_negative(batch, self.config.hard_negative_weight).to(out.anchor)
+        weight = own_hard_negative(out.anchor, self.config.hard_negative_weight)
         weight = weight[:, : len(candidates)]                                       # (B, C)
         false = torch.stack([false_negatives(label[out.rows]) for label in self.label])
         false = F.pad(false, (0, len(candidates) - batch))                          # (2, B, C)

@@ -69,6 +69,7 @@ class InfoCSE(SimCSE):
     recipes = {"small": dict(batch_size=128, annotation_quantile=0.95)}   # ours: a weaker encoder
     toy = dict(annotation_rounds=2, annotation_quantile=0.5)
     columns_taken = (1,)
+    for_views = ("paired", "chance")
 
     def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
@@ -108,7 +109,7 @@ class InfoCSE(SimCSE):
         paired, chance = pair_table(found.pairs, rows, width=self.paired.shape[1],
                                     temperature=config.mate_temperature)
         self.cluster[rows] = torch.tensor(list(found.cluster.values())).to(self.cluster)
-        self.paired[rows], self.chance[rows] = paired.to(self.paired), chance.to(self.chance)
+        self.paired[rows], self.chance[rows] = paired, chance
         agreed = adjusted_rand(before, self.cluster[self.probe]) if self.annotations else math.nan
         self.annotations += 1
         self.logged.copy_(torch.tensor([found.threshold, found.coverage, agreed]))

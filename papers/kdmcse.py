@@ -2,7 +2,7 @@
 KDMCSE: the less similar a teacher finds two sentences, the harder they must be told apart.
 
 Unlike SimCSE: every negative has a margin, and a pair too similar to the teacher is no negative.
-    __init__  the teacher's vectors of all rows, in half precision, and two projection heads
+    prepare   the teacher's vectors of all rows, in half precision
     loss      InfoNCE with margins: of the two views, and of each view with the teacher's vectors
 
 Nguyen, Nguyen, Wu, Luu: NAACL 2024, arXiv 2403.17486. In the style of: their teacher is CLIP, and
@@ -14,14 +14,16 @@ encodes the corpus into 2·N·D bytes.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.flags import Row, flag, pick_device
+from engine.flags import Row, flag
 from losses import cosine, pick_own
 from model import POOLINGS
 from papers import settings
@@ -68,12 +70,18 @@ class KDMCSE(SimCSE):
     def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
         self.pool = POOLINGS[model.pooling]
-        ask = open_teacher(config.teacher, corpus, device=pick_device(config.device))
-        self.register_buffer("teacher", index(ask, corpus.columns[0]), persistent=False)   # (N, Dt)
-        self.threshold = config.teacher_threshold or by_chance(self.teacher, config.seed)
+        self.ask, texts = open_teacher(config, corpus), corpus.columns[0]
+        width = self.ask(texts[:1]).shape[1]
+        self.register_buffer("teacher", torch.zeros(len(texts), width).half())      # (N, Dt)
         self.student_head, self.teacher_head = (                  # g, t
-            nn.Sequential(nn.Linear(width, 256), nn.Tanh())
-            for width in (model.config.width, self.teacher.shape[1]))
+            nn.Sequential(nn.Linear(each, 256), nn.Tanh()) for each in (model.config.width, width))
+
+    def prepare(self, encode: Callable) -> None:
+        self.teacher.copy_(index(self.ask, self.corpus.columns[0]))
+
+    @cached_property
+    def threshold(self) -> float:
+        return self.config.teacher_threshold or by_chance(self.teacher, self.config.seed)
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
         teacher = self.teacher[out.rows].to(out.anchor.dtype)                       # (B, Dt)

@@ -84,7 +84,8 @@ class PNR(SimCSE):
         super().__init__(corpus, config, model=model)
         self.previous, self.turns = None, len(settings.names_of(config.corpus))
         width = model.config.width
-        # Through the BatchNorm of the authors, every sentence would see the others of the batch.
+        # LayerNorm: the BatchNorm of the authors takes mean and variance from the batch, so that a
+        # prediction would depend on the other sentences, the more the smaller the batch.
         with torch.random.fork_rng(devices=[]):                   # the head is drawn as in SimCSE
             self.predictor = nn.Sequential(nn.Linear(width, 4 * width), nn.LayerNorm(4 * width),
                                            nn.ReLU(), nn.Linear(4 * width, width))
@@ -102,6 +103,11 @@ class PNR(SimCSE):
                             learning_rate=config.learning_rate)
             # The terms are those of the last step.
             yield {"loss": loss, **self.logs(), "scores": scores_of(job, probes)}
+
+    @classmethod
+    def steps_of_run(cls, config, corpora):
+        shortest = min(map(len, tasks_of(corpora)[0]))
+        return len(corpora) * settings.count_steps(config, shortest)
 
     def remember(self, model: SentenceEncoder) -> None:
         """Freeze a copy of the model, head included: the loss compares what comes out of it."""

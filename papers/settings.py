@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from engine.flags import flag
 from engine.results import names_of
-from model import EncoderConfig
+from model import EncoderConfig, SentenceEncoder
 from papers import focal
 from papers.views import POSITIVES
 
@@ -21,8 +21,8 @@ class Config(focal.Config):
     method: str = flag("simcse", "what to train", "paper, that is a page of papers/")
     loss: str = flag("info-nce", "what to train", "contrastive loss", focal.LOSSES)
     positives: str = flag("dropout", "what to train", "way to make a positive", POSITIVES)
-    pooling: str = flag("cls", "what to train", "tokens to sentence (SimCSE Table 6)",
-                        ["cls", "mean"])
+    pooling: str = flag("cls", "what to train", "tokens to sentence (SimCSE Table 6); default: the "
+                        "folder's own, else", ["cls", "mean"])
     head: str = flag("recipe", "what to train", "tanh layer on top: only while training, kept, or "
                      "none (SimCSE Table 6)", ["recipe", "train", "keep", "none"])
 
@@ -46,7 +46,8 @@ class Config(focal.Config):
     clip: float = flag(1.0, "optimisation", "largest gradient norm (SimCSE code)", above=0)
     seed: int = flag(42, "optimisation", "start of all random numbers (SimCSE code)", least=0)
 
-    test: str = flag("docs", "evaluation", "docs, stsb, sts, or a .tsv of pairs with scores")
+    test: str = flag("docs", "evaluation", "docs, stsb, sts, or a .tsv of pairs with scores; "
+                     "default: as --dev, where given")
     dev: str = flag("recipe", "evaluation", "the same, or none: the last step is kept; "
                     "default: stsb for the STS tests, else none")
     dev_every: int = flag(125, "evaluation", "steps between dev scores (SimCSE scripts)", least=1)
@@ -65,21 +66,33 @@ def count_steps(config: Config, rows: int) -> int:
     return config.steps or config.epochs * (rows // config.batch_size)
 
 
-def resolve(method: type, given: dict, shape: EncoderConfig, *, columns: int) -> Config:
+def resolve(method: type, given: dict, shape: EncoderConfig, *, columns: int,
+            own: SentenceEncoder | None = None) -> Config:
     """The settings of a run: what was given, else the paper's recipe, SimCSE's, or the default.
 
-    Names of recipes: any, size, family-size, and "size, supervised" for pairs; later ones win.
+    `own` is the encoder as its folder has it: its pooling stays, and a head (a Dense module) is
+    trained further and kept, which head="own" says. Names of recipes: any, size, family-size, and
+    "size, supervised" for pairs; later ones win.
     """
     config, supervised = method.Config(**given), columns > 1
     size = "large" if shape.width >= 1024 else "base" if shape.width >= 768 else "small"
-    # SimCSE's code builds a head for [CLS] only; supervised models keep it (Table 6).
-    head = "none" if config.pooling != "cls" else "keep" if supervised else "train"
+    # SimCSE's code builds a head for [CLS] only. Table 6 compares the vectors below and behind it,
+    # on STS-B dev: without labels 82.5 and 81.7, with labels 85.8 and 86.2. So it goes or stays.
+    # Chen et al. 2020 (SimCLR) guess why: a head drops what the contrast has no need of, and the
+    # vectors below keep it. A contrast of labels may need more of what a test asks for.
+    pooling = given.get("pooling", own.pooling if own else config.pooling)
+    head = "none" if pooling != "cls" else "keep" if supervised else "train"
     in_turn = len(names_of(config.corpus)) > 1                    # each corpus to its last step
     dev = "stsb" if config.test in ("sts", "stsb") and not in_turn else "none"
-    found = {"head": head, "dev": dev}
+    found = {"pooling": pooling, "head": head, "dev": dev}
+    if given.get("dev", "recipe") not in ("recipe", "none"):
+        found["test"] = given["dev"]                              # the pairs at hand
     for page in reversed(method.__mro__):
         for name in ("any", size, f"{shape.model_type}-{size}", f"{size}, supervised"):
             if supervised or not name.endswith("supervised"):
                 found |= vars(page).get("recipes", {}).get(name, {})
+    found |= {"head": "own"} if own and own.head else {}
+    if "epochs" in given:
+        found.pop("steps", None)
     return replace(config, **{name: value for name, value in found.items()
                               if given.get(name, "recipe") == "recipe"})

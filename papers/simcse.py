@@ -102,10 +102,10 @@ class SimCSE(nn.Module):
         "bert-large": dict(batch_size=64, learning_rate=1e-5),
         "roberta-base": dict(batch_size=512, learning_rate=1e-5),
         "roberta-large": dict(batch_size=512, learning_rate=3e-5),
-        "small": dict(batch_size=64, learning_rate=1e-5),         # measured here, on STS-B dev
+        "small": dict(batch_size=64, learning_rate=1e-4, steps=150),  # measured here, on STS-B dev
         "base, supervised": dict(batch_size=512, learning_rate=5e-5, epochs=3),
         "large, supervised": dict(batch_size=512, learning_rate=1e-5, epochs=3),
-        "small, supervised": dict(batch_size=128, learning_rate=3e-4, epochs=3),   # measured, too
+        "small, supervised": dict(batch_size=128, learning_rate=3e-4, epochs=3, steps=0),
     }
     columns_taken = (1, 2, 3)         # of a corpus
     losses_taken = tuple(LOSSES)
@@ -117,6 +117,9 @@ class SimCSE(nn.Module):
     layers_read = 1                   # how many hidden layers `loss` gets, from the last one down
     head = Head                       # between pooling and loss while training
     turns = 0                         # of a loop around `train`, where a paper trains several times
+    for_views = ()                    # buffers that only `views` reads
+    search = None                     # what `prepare` does with all pairs of vectors of all rows
+    all_rows = True                   # does `prepare` look at rows that training never comes to?
 
     @classmethod
     def check(cls, config: Config, corpora: list[Corpus], shape: EncoderConfig) -> None:
@@ -133,6 +136,17 @@ class SimCSE(nn.Module):
             folder = encoder_folder(config.encoder)
             self.lm_head, self.tokenizer = load_masked_lm(folder, model), Tokenizer.read(folder)
             self.encode_tokens = model.encoder.forward            # a function is no submodule
+
+    @classmethod
+    def steps_of_run(cls, config: Config, corpora: list[Corpus]) -> int:
+        return settings.count_steps(config, len(corpora[0]))
+
+    def _apply(self, move: Callable, recurse: bool = True) -> nn.Module:
+        """Leave `for_views` on the CPU in every move: its thread would wait for the GPU."""
+        tables = {name: self._buffers.pop(name) for name in self.for_views}
+        super()._apply(move, recurse)
+        self._buffers.update(tables)
+        return self
 
     def prepare(self, encode: Callable) -> None:
         """Look at the whole corpus with the present encoder, once before the first step."""
@@ -155,7 +169,7 @@ class SimCSE(nn.Module):
         """InfoNCE, or the loss that --loss names, of the anchors among all other columns."""
         alpha, weight = self.config.hard_negative_weight, None
         if len(out.columns) == 3 and alpha != 1:
-            weight = own_hard_negative(len(out.anchor), alpha).to(out.anchor.device)
+            weight = own_hard_negative(out.anchor, alpha)
         return self.loss_of(out.anchor, torch.cat(out.columns[1:]), weight=weight)
 
     def loss(self, out: Encoded) -> Tensor:                       # -> ()
@@ -173,10 +187,10 @@ class SimCSE(nn.Module):
                                              seed=step_seed(self.config.seed, out.step))
 
         def surprise(ids: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:    # -> (V·B, T)
-            asked = labels != -100                                # (V·B, T)
-            words = self.lm_head(self.encode_tokens(ids, mask)[-1][asked]).float()
-            each = F.cross_entropy(words, labels[asked], reduction="none")
-            return [each.new_zeros(mask.shape).masked_scatter(asked, each)]
+            asked = (labels.flatten() != -100).nonzero()[:, 0]    # (M,) of all V·B·T
+            words = self.lm_head(self.encode_tokens(ids, mask)[-1].flatten(0, 1)[asked]).float()
+            each = F.cross_entropy(words, labels.flatten()[asked], reduction="none")
+            return [each.new_zeros(mask.numel()).index_copy(0, asked, each).view_as(mask)]
 
         with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
             [wrong] = out.pieces(surprise, masked, out.mask, labels)                # (V·B, T)
@@ -184,20 +198,25 @@ class SimCSE(nn.Module):
 
     def logs(self) -> dict[str, float]:
         """The terms of the last loss, for a line of metrics.jsonl."""
-        return {name: value.item() for name, value in self.terms.items()}
+        return numbers(self.terms)
 
 
 @torch.no_grad()
 def measures(out: Encoded) -> dict[str, float]:
     """The geometry of a batch, as the loss saw it: with dropout and the training head."""
     if len(out.columns) == 1:                                     # labels instead of positives
-        return {"uniformity": uniformity(out.anchor).item()}
+        return numbers({"uniformity": uniformity(out.anchor)})
     similarity = cosine(out.anchor, out.positive)                 # (B, B)
     own = similarity.diagonal()
     others = (similarity.sum() - own.sum()) / (similarity.numel() - len(own))
-    return {"alignment": alignment(out.anchor, out.positive).item(),
-            "uniformity": uniformity(out.anchor).item(), "positive_cosine": own.mean().item(),
-            "lowest_positive_cosine": own.min().item(), "negative_cosine": others.item()}
+    return numbers({"alignment": alignment(out.anchor, out.positive),
+                    "uniformity": uniformity(out.anchor), "positive_cosine": own.mean(),
+                    "lowest_positive_cosine": own.min(), "negative_cosine": others})
+
+
+def numbers(found: dict[str, Tensor]) -> dict[str, float]:
+    """The values on the host, in one transfer: each `.item()` would wait for the GPU."""
+    return dict(zip(found, torch.stack([*found.values()]).tolist())) if found else {}
 
 
 def bind(variant: Callable, config: Config) -> Callable:
@@ -206,10 +225,10 @@ def bind(variant: Callable, config: Config) -> Callable:
     return partial(variant, **{k: v for k, v in asdict(config).items() if k in names})
 
 
-def own_hard_negative(batch: int, alpha: float) -> Tensor:        # -> (B, 2B)
+def own_hard_negative(anchor: Tensor, alpha: float) -> Tensor:    # (B, D) -> (B, 2B)
     """α at each anchor's own hard negative, 1 at all other candidates (SimCSE, eq. 8)."""
-    ones = torch.ones(batch, batch)
-    return torch.cat([ones, ones + (alpha - 1) * torch.eye(batch)], dim=1)
+    own = torch.eye(len(anchor), dtype=anchor.dtype, device=anchor.device)          # (B, B)
+    return torch.cat([torch.ones_like(own), 1 + (alpha - 1) * own], dim=1)
 
 
 def frozen(network: nn.Module) -> Callable:
@@ -218,5 +237,7 @@ def frozen(network: nn.Module) -> Callable:
 
     @torch.no_grad()
     def ask(*inputs: Tensor):
-        return network.to(inputs[0].device)(*inputs)
+        if next(network.parameters()).device != inputs[0].device:
+            network.to(inputs[0].device)
+        return network(*inputs)
     return ask

@@ -39,7 +39,7 @@ from tqdm import tqdm, trange
 from data import read_corpus
 from engine.encoders import save
 from engine.files import write_json, write_text
-from engine.flags import Row, command, count, exits, pick_device, program
+from engine.flags import Parser, Row, command, count, exits, pick_device, program
 from engine.hub import encoder_folder
 from engine.tables import table
 from eval_sts import Encode, Result, open_encoder, read_test, spearman
@@ -58,12 +58,12 @@ class SparseCSE:
                 "none verified; units and score are those of StarK, taken to be by the same group")]
 
 
-def matrices(encoder: Encoder, kind: str) -> list[tuple[nn.Linear, list[nn.Linear]]]:
-    """Of each layer, the matrix that reads its heads or neurons, and those that make them."""
+def matrices(encoder: Encoder, kind: str) -> list[tuple[nn.Linear, nn.Linear]]:
+    """Of each layer, the matrix that reads its heads or neurons, and the one that makes them."""
     if kind == "neurons":
-        return [(layer.outer, [layer.inner]) for layer in encoder.layers]
+        return [(layer.outer, layer.inner) for layer in encoder.layers]
     attentions = [layer.attention for layer in encoder.layers]
-    return [(x.output, [x.query, x.key, x.value]) for x in attentions]
+    return [(x.output, x.query_key_value) for x in attentions]
 
 
 def ones(encoder: Encoder) -> Units:
@@ -120,6 +120,8 @@ def blend(both: Units, *, weight: float = 0.5) -> Units:          # (2, L, ...)s
 
 def contribution(slopes: Units) -> Units:                         # (..., 2, L, H) -> (L, H)
     """The criterion of SparseCSE: absolute slopes, so that a unit that hurts ranks high, too."""
+    # |a| + |u|, each of length 1, and not |a + u|, the slope of a summed loss: there slopes of
+    # opposite sign cancel, and the measure of larger scale decides.
     return blend({kind: x.abs().sum(dim=0) for kind, x in slopes.items()})
 
 
@@ -158,11 +160,11 @@ def remove(model: SentenceEncoder, kept: Units) -> SentenceEncoder:
     """A copy without the units of gate 0: all weights that make or read them are 0, too."""
     model = deepcopy(model)
     for kind, layers in kept.items():
-        for (reader, makers), keep in zip(matrices(model.encoder, kind), layers):
+        for (reader, maker), keep in zip(matrices(model.encoder, kind), layers):
             gone = (keep.to(reader.weight) == 0).repeat_interleave(reader.in_features // len(keep))
             reader.weight[:, gone] = 0                            # its bias is of the whole layer
-            for maker in makers:
-                maker.weight[gone], maker.bias[gone] = 0, 0
+            gone = gone.repeat(len(maker.weight) // len(gone))    # query, key and value of a head
+            maker.weight[gone], maker.bias[gone] = 0, 0
     return model
 
 
@@ -186,8 +188,8 @@ def sweep(args: argparse.Namespace, model: SentenceEncoder, tokenizer: Callable,
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m papers.sparsecse", allow_abbrev=False,
-                                     description=__doc__.strip().partition("\n")[0])
+    parser = Parser(prog="python -m papers.sparsecse",
+                    description=__doc__.strip().partition("\n")[0])
     add = parser.add_argument
     add("run", help="the folder of a run, or any encoder")
     add("--sparsity", type=float, nargs="+", default=[10, 30, 50, 70], metavar="PERCENT",

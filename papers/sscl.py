@@ -11,7 +11,9 @@ one view, and the second term only (w = 1). Their script sets --pooling mean. A 
 SimCSE's in the built-in encoder.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -67,3 +69,16 @@ class SSCL(SimCSE):
         self.terms = {"instance_loss": plain.detach(), "layer_loss": layered.detach(),
                       "layer_cosine": same.detach()}              # near 1: the last layer is idle
         return (1 - weight) * plain + weight * layered
+
+
+def token_similarity(x: Tensor, mask: Tensor) -> Tensor:          # (B, T, D), (B, T) -> (B,)
+    """TokSim (eq. 1): the mean cosine of two different tokens of a sentence, in one layer."""
+    m = mask.sum(dim=1)                                           # (B,), 2 or more
+    whole = (F.normalize(x, dim=-1) * mask[:, :, None]).sum(dim=1)                  # (B, D)
+    return (whole.square().sum(dim=-1) - m) / (m * (m - 1))
+
+
+def layer_similarity(hidden: list[Tensor], mask: Tensor, pool: Callable) -> Tensor:
+    """SetSim (eq. 2): mean cosines of neighbouring layers' sentence vectors. (B, T, D)s -> (L,)"""
+    vectors = [pool([x], mask) for x in hidden]                   # (B, D)s
+    return torch.stack([F.cosine_similarity(a, b).mean() for a, b in pairwise(vectors)])

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.flags import Row, complain, flag, pick_device
+from engine.flags import Row, complain, flag
 from papers import settings
 from papers.corpus import open_teacher, rows_of_run
 from papers.memory import Memory
@@ -56,9 +56,11 @@ class Twins(SimCSE):
                 "Xiao, Li, Chen: Identical and Fraternal Twins. arXiv 2307.10932",
                 "none verified; the formulas are ours, after the abstract")]
     recipes = {"roberta-base": dict(batch_size=128, learning_rate=1e-5),            # ours, all
-               "small": dict(batch_size=128, learning_rate=1e-5)}
+               "small": dict(batch_size=128)}
     columns_taken = (1,)
-    queue_starts = 500                # steps
+    all_rows = False
+    # Steps (ours): queued vectors were made by older weights, which change most at first.
+    queue_starts = 500
 
     @classmethod
     def check(cls, config, corpora, shape) -> None:
@@ -70,8 +72,8 @@ class Twins(SimCSE):
 
     def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
-        self.teacher = (open_teacher(config.teacher, corpus, device=pick_device(config.device))
-                        if config.teacher else None)              # a function, so never saved
+        # A function, so never saved.
+        self.teacher = open_teacher(config, corpus) if config.teacher else None
         slots = config.queue_batches * config.batch_size
         self.register_buffer("margins", torch.zeros(len(corpus)))                   # (N,)
         self.register_buffer("queued", torch.full((slots,), -1))                    # (M,) row or -1
@@ -82,7 +84,8 @@ class Twins(SimCSE):
         if not self.teacher:
             complain(f"the innate margins come from {self.config.encoder}; if that was never "
                      "trained on sentences, all are near 0: use --teacher with one that was")
-        # Texts end where training cuts them: what is not seen makes no difference.
+        # Texts end where training cuts them: what is not seen makes no difference. There is no
+        # dropout: with it even equal texts have a cosine below 1, and margins would be too large.
         ask = partial(self.teacher or encode, max_tokens=self.config.max_tokens)
         texts, rows = self.corpus.columns[0], rows_of_run(len(self.margins), self.config)
         for start in tqdm(range(0, len(rows), 4096), disable=None, desc="margins", unit="chunk"):

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,19 +16,53 @@ import torch                                                      # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+READING_ORDER = """
+    losses model data views eval_sts simcse focal is_cse sscl cards kdmcse diffcse twins ifnd
+    core_tuning debcse infocse pnr fedrcl sparsecse corpus settings papers claims tour exercises
+    mincse program search changes pieces resume damage gpu hub docs mini pretrain report
+    bench speed_exactness house""".split()
 
 
-def make_tiny(folder: Path) -> Path:
+def pytest_addoption(parser):
+    parser.addoption("--other-precision", action="store_true",
+                     help="make `auto` choose the precision that it does not choose here")
+
+
+def pytest_configure(config):
+    if config.getoption("--other-precision"):
+        from engine.flags import wants_bf16
+        found = not wants_bf16("auto", torch.device("cpu"))
+        torch.cpu._is_avx512_bf16_supported = torch.cpu._is_amx_tile_supported = lambda: found
+
+
+def pytest_collection_modifyitems(items):
+    """`pytest -v tests` is a table of contents; files that the reading order lacks come last."""
+    place = {f"test_{name}.py": number for number, name in enumerate(READING_ORDER)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def make_tiny(folder: Path, **more) -> Path:
     from engine.encoders import read_config, save
     from model import Encoder, SentenceEncoder
     shutil.copytree(ROOT / "mini", folder)
     settings = json.loads((folder / "config.json").read_text())
-    settings |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64}
+    settings |= {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, **more}
     (folder / "config.json").write_text(json.dumps(settings))
     torch.manual_seed(0)
     files = {name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json")}
     save(SentenceEncoder(Encoder(read_config(folder)), pooling="cls", files=files), folder)
     return folder
+
+
+def ready(flags: dict, **changed):
+    """A job before its first step, and the loop that takes its steps."""
+    import mincse
+    inputs = mincse.read_inputs(flags)
+    job = mincse.build(inputs, replace(inputs.config, **changed))
+    job.method.prepare(job.encode_corpus)
+    if job.method.in_turn:
+        job.method.remember(job.model)                            # as in its second task
+    return job, mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1)
 
 
 def at(*degrees):
@@ -151,7 +186,7 @@ def program(tiny, sentences, pairs, tmp_path, monkeypatch):
         settings = {"encoder": tiny, "corpus": sentences, "test": pairs, "batch_size": 8,
                     "steps": 4, "out": tmp_path / out} | settings
         argv = [text for name, value in settings.items()
-                for text in ("--" + name.replace("_", "-"), str(value))]
+                if value is not None for text in ("--" + name.replace("_", "-"), str(value))]
         monkeypatch.setattr(sys, "argv", ["mincse.py", *argv, *flags])
         mincse.main([*argv, *flags])
         return tmp_path / out

@@ -36,6 +36,7 @@ from eval_sts import read_test                                    # noqa: E402
 from engine.encoders import load                                  # noqa: E402
 from model import encode                                          # noqa: E402
 
+mincse.SAVE_EVERY = 0.05              # seconds: some dev scores are followed by a save, others not
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
 
 
@@ -99,6 +100,8 @@ def check(out: Path, dev, scratch: Path) -> None:
                    for tensor in load_file(out / "model.safetensors").values())
     if (out / "state.pt").exists():
         state = torch.load(out / "state.pt", weights_only=True)["state"]
+        if not state["best_step"]:
+            return
         shutil.copytree(out, scratch, dirs_exist_ok=True)
         if (waiting := out / f".best-{state['best_step']}").exists():
             shutil.copytree(waiting, scratch, dirs_exist_ok=True)

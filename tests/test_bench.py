@@ -4,6 +4,10 @@ import os
 import threading
 from multiprocessing import Pipe
 
+import torch
+
+from data import Tokenizer
+from eval_sts import open_encoder
 from tools import bench
 
 SMALL = ("--turns 1 --steps 1 --sentences 24 --batch-size 4 --threads 1 --device cpu "
@@ -44,6 +48,25 @@ def test_training_has_a_line_for_usual_and_same_and_one_for_a_paper_beside_simcs
         assert int(row[2]) > 0 and row[4:] == ["-"] * 3
     row = bench.method_row("kdmcse", task)
     assert row[:2] == ["kdmcse", "tiny"] and int(row[2]) > 0 and float(row[4]) > 0
+    row = bench.epoch_row(8, task)
+    assert row[:2] == ["8", "tiny"] and row[3].endswith(" s") and 0 < int(row[4][:-1]) < 100
+
+
+def test_a_shape_has_the_vocabulary_of_the_encoder_that_it_is_named_after(
+        tmp_path, monkeypatch):
+    small = {"hidden_size": 24, "num_hidden_layers": 1, "intermediate_size": 24}
+    monkeypatch.setitem(bench.SHAPES, "bert-base", bench.SHAPES["bert-base"] | small)
+    model, tokenizer = open_encoder(bench.make_encoder("bert-base", tmp_path))
+    assert len(model.encoder.words.weight) == tokenizer.vocab_size == 30522
+    mini = Tokenizer.read(bench.ROOT / "mini")
+    assert torch.equal(*(each(["an owl"], max_tokens=9)[0] for each in (mini, tokenizer)))
+
+
+def test_on_a_gpu_a_large_shape_and_its_epoch_are_measured_unless_asked_otherwise():
+    assert bench.parse(["--device", "cuda"]).encoder == ["bert-base"]
+    assert bench.parse(["--device", "cuda:1", "--encoder", "mini"]).encoder == ["mini"]
+    assert "epoch" in bench.parse(["--device", "cuda"]).only
+    assert "epoch" not in bench.parse([]).only
 
 
 def test_both_libraries_take_turns_and_the_median_counts(monkeypatch):

@@ -60,13 +60,18 @@ class Draws:
 
 
 def test_the_worked_example():
-    """Both anchors have one positive, one negative and one stranger; the shares are .5 and .8."""
+    """Both anchors have one positive, one negative and one stranger; the shares are .5 and .8.
+
+    τ is 0.5: logits 1.6, 1.2, 1.414, 1.414, 1.456, 1.371, the log of their sum of exponentials
+    3.208. The positives are 1.6 and 1.414, so 3.208 - 1.507 = 1.701; with focus 1, p is .200 and
+    .166, so ((1 - .200) · 1.608 + (1 - .166) · 1.794) / 2 = 1.391.
+    """
     U, V = torch.eye(2).double(), torch.tensor([[.8, .6], [.6, .8]]).double()
     alone, half = ALONE[:2, :2], Draws(np.full((2, 2), .5), np.full((2, 2, 1), .5))
     _, mixed = harder(U, given(V), alone, alpha=1., rng=half)
     (positive, _), (negative, _) = mixed
-    assert torch.allclose(positive, torch.tensor([[.7, .7], [.7, .7]]).double())
-    assert torch.allclose(negative, torch.tensor([[.68, .64], [.64, .68]]).double())
+    assert torch.allclose(positive, .5 * V + .5 * V.flip(0))      # (.7, .7) twice
+    assert torch.allclose(negative, .8 * V.flip(0) + .2 * U)      # (.68, .64), (.64, .68)
     cosines = F.cosine_similarity(U[:1], torch.cat([V, positive, negative]))
     assert cosines.tolist() == pytest.approx([.8, .6, .707107, .707107, .728200, .685365], abs=1e-6)
     for focus, mixes, expected in [(1., mixed, 1.390627), (0., mixed, 1.700844), (0., [], .513015),

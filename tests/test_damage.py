@@ -112,7 +112,7 @@ FINE = "".join(f"word {i}, another {i}\n" for i in range(40)).encode()
     ("a.csv", b"a,b\n" + b"x" * 10_000_000, "a.csv:2: damaged csv"),
     ("a.tsv", FINE, "a.tsv:1: expected 2 or 3 columns, found 1"),
     ("a.tsv", b"x" * 10_000_000 + b"\na\tb\n", "a.tsv:1: expected 2 or 3 columns, found 1"),
-    ("a.zip", FINE, "expected a name in .txt, .csv or .tsv"),
+    ("a.zip", FINE, "expected a name in .txt, .csv, .tsv or .jsonl"),
 ])
 def test_a_damaged_corpus(name, content, said, refused, written):
     assert said in refused(corpus=written(name, content))
@@ -130,7 +130,7 @@ def test_a_damaged_corpus(name, content, said, refused, written):
     (b"a\tb\t1\nc\t \t2\n", ":2: expected two sentences and a score"),
     (b"a\tb\t1\nc\td\t3,5\n", ":2: expected two sentences and a score"),
     (b"a\tb\t1\nc\t", ":2: expected at least 3 columns"),
-    (b"a\tb\t1\n\n", ":2: expected at least 3 columns"),
+    (b"a\tb\t1\na\tb\n", ":2: expected at least 3 columns"),
     (b"x" * 10_000_000, ":1: expected at least 3 columns"),
 ])
 @pytest.mark.parametrize("flag", ["test", "dev"])
@@ -210,7 +210,7 @@ TRANSFORMER = {"type": "Transformer", "path": ""}
         ("config.json", "config.json is damaged"),
         ("modules.json", "modules.json is damaged"),
         ("1_Pooling/config.json", "config.json is damaged"),
-        ("tokenizer.json", "expected a tokenizer of Hugging Face's"),
+        ("tokenizer.json", "tokenizer.json is damaged"),
         ("model.safetensors", "model.safetensors is damaged"),
     ] for change in (half, always(b""), always(NOISE), always(PICKLE), always(b"[" * 100_000))],
     ("config.json", always(b"[1]"), "expected settings of an encoder, found [1]"),
@@ -231,13 +231,11 @@ TRANSFORMER = {"type": "Transformer", "path": ""}
     ("model.safetensors", tensor(lambda x: x / 0), "expected finite numbers"),
     ("model.safetensors", tensor(lambda x: x.int()), "expected floating-point numbers"),
     ("model.safetensors", tensor(lambda x: None), "['embeddings.LayerNorm.bias'] missing"),
-    ("tokenizer.json", always(b"{}"), "expected a tokenizer of Hugging Face's"),
+    ("tokenizer.json", always(b"{}"), "expected a normalizer of type BertNormalizer"),
     ("tokenizer.json", vocabulary(lambda words: {"vocab": {w: -i for w, i in words.items()}}),
      "expected a tokenizer of Hugging Face's"),
     ("tokenizer.json", vocabulary(lambda words: {"vocab": {w: i + 99 for w, i in words.items()}}),
      "expected ids below the encoder's 16384, found 16482"),
-    ("tokenizer.json", vocabulary(lambda words: {"vocab": {
-        w: i for w, i in words.items() if i < 8000}}), "the encoder's 16384 entries, found 8000"),
     ("tokenizer.json", vocabulary(lambda _: {"unk_token": "nowhere"}),
      "expected a tokenizer of Hugging Face's"),
     ("modules.json", modules(1, 2), "expected modules with a type and a path, found 1"),
@@ -385,7 +383,7 @@ GOOD = archive(("d/STS/a.txt", tarfile.REGTYPE), ("d/SICK/b.txt", tarfile.REGTYP
 def test_a_damaged_archive_of_tests(content, said, written, tmp_path, monkeypatch, tiny, capsys):
     (tmp_path / "cache").mkdir()
     tar = written("cache/senteval.tar", content)
-    monkeypatch.setattr(hub, "from_hub", lambda name: tar)
+    monkeypatch.setattr(hub, "from_hub", lambda name, tried="": tar)
     monkeypatch.delenv("MINCSE_DATA", raising=False)
     with pytest.raises(SystemExit) as ended:
         eval_sts.main([str(tiny), "--test", "stsb"])

@@ -1,16 +1,10 @@
-"""Files of every kind and every kind of damage; the Hub, by its real client; tokens and batches."""
+"""Files of every kind and every kind of damage; tokens and batches."""
 
 import csv
 import gzip
 import hashlib
-import http.server
 import io
-import json
-import os
 import random
-import subprocess
-import sys
-import tarfile
 import threading
 import time
 import tracemalloc
@@ -28,7 +22,7 @@ from tokenizers import models, pre_tokenizers, processors
 import data
 from data import Corpus, Tokenizer, ahead, batches, read_corpus, shuffled
 from engine.doctor import doctor, doctor_text
-from engine.hub import ENCODER_FILES, HUB_DATASET, data_file, encoder_folder, senteval_folder
+from engine.hub import data_file, encoder_folder, senteval_folder
 from engine.texts import Lines
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +94,7 @@ LETTERS = strategies.characters(exclude_characters="\0\n\ufeff", exclude_categor
 @settings(max_examples=50, deadline=None)
 @given(strategies.lists(strategies.text(LETTERS).filter(str.strip), min_size=2))
 def test_whatever_the_sentences_they_come_back_stripped_and_in_order(tmp_path_factory, sentences):
+    sentences = [f"{text} owl {text}" for text in sentences]      # numbers alone are refused
     path = tmp_path_factory.mktemp("any") / "any.txt"
     path.write_bytes("\n".join(sentences).encode())
     assert read_corpus(str(path)).columns == [[sentence.strip() for sentence in sentences]]
@@ -126,8 +121,8 @@ def test_a_tsv_has_tabs_and_its_quotes_are_letters(file, name):
 
 
 def test_any_other_first_line_is_data_and_a_row_that_lacks_a_text_is_left_out_and_counted(file):
-    corpus = read_corpus(str(file("a.csv", "sentence1,sentence2\na,b\nsent0,sent1\n")))
-    assert corpus.columns == [["sentence1", "a", "sent0"], ["sentence2", "b", "sent1"]]
+    corpus = read_corpus(str(file("a.csv", "one owl,two owls\na,b\nsent0,sent1\n")))
+    assert corpus.columns == [["one owl", "a", "sent0"], ["two owls", "b", "sent1"]]
     corpus = read_corpus(str(file("a.csv", "\na,b\n\nc, \n,\nd,e\n")))
     assert corpus.columns == [["a", "d"], ["b", "e"]] and corpus.blank == 4
 
@@ -206,113 +201,6 @@ def test_the_real_test_sets_are_found(real_data):
     assert {"STS", "SICK"} <= {path.name for path in senteval_folder(real_data).iterdir()}
 
 
-# ---- the Hub: the real client, and a server on this machine ----------------------------------
-
-DATASET = f"/datasets/{HUB_DATASET}/resolve/main"
-
-
-class FakeHub(http.server.BaseHTTPRequestHandler):
-    """Answers as the Hub does, from a dict of files; everything else is not found."""
-    files: dict[str, bytes] = {}
-
-    def do_GET(self):
-        body = self.files.get(self.path)
-        self.send_response(404 if body is None else 200)
-        if body is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("X-Repo-Commit", "c0ffee" * 6 + "c0de")
-        self.send_header("ETag", f'"{hashlib.sha256(body or b"").hexdigest()}"')
-        self.send_header("Content-Length", str(len(body or b"")))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body or b"")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """Ask data.py, in a fresh process whose Hub holds these files, what an expression is."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-
-    def ask(expression, files, **environment):
-        FakeHub.files = files
-        script = ("import time; slept = []; time.sleep = slept.append\n"   # retries without pauses
-                  "import json, data\nfrom engine.hub import *\n"
-                  f"try: print(json.dumps({expression}, default=str))\n"
-                  "except (ValueError, FileNotFoundError) as error: print(json.dumps(str(error)))")
-        address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0",
-                   "HF_HOME": str(tmp_path / "hf"), "MINCSE_DATA": "", "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True,
-                              text=True, env={**os.environ, **address, **environment})
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
-
-    yield ask
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_corpus_comes_from_the_hub_once_and_then_from_its_cache(hub):
-    files = {f"{DATASET}/wiki1m_for_simcse.txt": b"one\ntwo\n"}
-    assert hub("list(data.read_corpus('wiki1m').columns[0])", files) == ["one", "two"]
-    assert hub("list(data.read_corpus('wiki1m').columns[0])", {}, HF_HUB_OFFLINE="1") == [
-        "one", "two"]
-
-
-def test_an_encoder_comes_from_the_hub_with_those_optional_files_that_it_has(hub):
-    files = {f"/owl/bert/resolve/main/{name}": name.encode() for name in (
-        "config.json", "tokenizer.json", "model.safetensors", "1_Pooling/config.json")}
-    folder = Path(hub("encoder_folder('owl/bert')", files))
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
-    assert found == ["1_Pooling/config.json", "config.json", "model.safetensors", "tokenizer.json"]
-
-
-def test_an_encoder_in_the_cache_waits_for_an_unreachable_hub_at_most_once(hub):
-    files = {f"/owl/bert/resolve/main/{name}": b"{}" for name in ENCODER_FILES}
-    there = hub("encoder_folder('owl/bert')", files)
-    again, slept = hub("(encoder_folder('owl/bert'), slept)", {},
-                       HF_ENDPOINT="http://127.0.0.1:9")
-    assert again == there and sum(slept) < 40                   # seconds it would have slept
-
-
-def test_an_encoder_without_weights_is_refused(hub):
-    files = {f"/owl/bert/resolve/main/{name}": b"{}" for name in ("config.json", "tokenizer.json")}
-    error = hub("encoder_folder('owl/bert')", files)
-    assert "owl/bert" in error and "model.safetensors" in error and "--encoder FOLDER" in error
-
-
-@pytest.mark.parametrize("environment, reason", [
-    ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9"),
-    ({"HF_HUB_OFFLINE": "1"}, "offline mode is enabled"),
-    ({}, "404"),
-], ids=["unreachable", "offline", "not found"])
-def test_without_the_hub_one_sentence_names_the_file_the_variables_and_the_way_out(
-        hub, environment, reason):
-    error = hub("data.read_corpus('nli')", {}, **environment)
-    for word in ("nli_for_simcse.csv", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN",
-                 "--data FOLDER", "MINCSE_DATA", reason):
-        assert word in error
-    assert "\n" not in error
-
-
-def test_the_test_sets_come_from_the_hub_as_a_tar(hub, tmp_path):
-    """That no other file than these is unpacked is in test_damage.py."""
-    with tarfile.open(tmp_path / "senteval.tar", "w") as tar:
-        for name in ("downstream/STS/a.txt", "downstream/SICK/b.txt"):
-            member = tarfile.TarInfo(name)
-            member.size = 3
-            tar.addfile(member, io.BytesIO(b"sts"))
-    files = {f"{DATASET}/senteval.tar": (tmp_path / "senteval.tar").read_bytes()}
-    folder = hub("senteval_folder(None)", files)
-    assert (Path(folder) / "STS" / "a.txt").read_bytes() == b"sts"
-    assert (Path(folder) / "SICK" / "b.txt").is_file()
-
-
 # ---- tokens ---------------------------------------------------------------------------------
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "owl", "sees", "an", "elk"]
@@ -339,6 +227,21 @@ def test_texts_become_ids_padded_to_the_longest_and_a_mask_of_the_real_ones(word
     assert [WORDS[i] for i in ids[0]] == ["[CLS]", "the", "owl", "[SEP]"]   # a limit counts them
 
 
+def test_of_equal_texts_one_is_tokenized_and_all_get_its_row(words):
+    seen, library = [], words.copy(32)
+
+    class Listening:
+        def encode_batch_fast(self, texts):
+            seen.extend(texts)
+            return library.encode_batch_fast(texts)
+
+    words.limited[32] = Listening()
+    ids, mask = words(["owl", "the elk", "owl"], max_tokens=32)
+    assert seen == ["owl", "the elk"]
+    assert ids.tolist() == [[2, 6, 3, 0], [2, 5, 9, 3], [2, 6, 3, 0]]
+    assert mask.tolist() == [[True] * 3 + [False], [True] * 4, [True] * 3 + [False]]
+
+
 def test_a_tokenizer_knows_its_special_tokens_and_counts_in_full(words):
     assert (words.pad_id, words.mask_id, words.vocab_size) == (0, 4, 10)
     assert words.special(torch.arange(10)).tolist() == [True] * 5 + [False] * 5
@@ -363,7 +266,7 @@ def test_two_threads_may_cut_at_different_limits_at_the_same_time(words):
 
 
 def test_a_folder_without_a_tokenizer_or_a_tokenizer_without_padding_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="tokenizer.json: expected .* no such file"):
+    with pytest.raises(FileNotFoundError, match="expected the encoder's tokenizer .* found none"):
         Tokenizer.read(tmp_path)
     tokenizers.Tokenizer(models.WordLevel({"owl": 0}, "owl")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ValueError, match=r"it has no token \[PAD\] or <pad>"):
@@ -418,7 +321,8 @@ def test_the_doctor_counts_what_a_reader_can_count(words):
     report = doctor(corpus, words, max_tokens=4)
     assert report == {"corpus": "mine", "rows": 5, "columns": 1, "documents": 3, "blank lines": 2,
                       "exact duplicates": 1, "rows sampled": 5, "max tokens": 4,
-                      "share truncated": 0.2, "mean tokens": 4.0, "sha256": "ab12"}
+                      "share truncated": 0.2, "mean tokens": 4.0, "sha256": "ab12",
+                      "first row": ["owl"]}
     screen = doctor_text(report)
     for phrase in ("mine: 5 rows", "3 documents", "2 blank", "1 exact duplicate", "20.0% of rows",
                    "cut at 4", "4.0 tokens", "sha256 ab12"):

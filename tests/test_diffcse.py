@@ -1,6 +1,7 @@
 """DiffCSE: edits, their labels, the conditioned discriminator, and what is trained by it."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -45,14 +46,17 @@ REAL = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]).bool()
 
 
 def test_the_worked_example_of_detection():
-    each = [[.126928, .693147, .313262, .313262], [.048587, .126928, .313262, .693147]]
+    """A token costs log(1 + e^-d), d being how far the right answer's score is ahead."""
+    ahead = [[2, 0, 1, 1], [3, 2, 1, 0]]                          # 2 - 0, 1 - 1, 1 - 0, .5 + .5 ...
+    each = [[math.log1p(math.exp(-d)) for d in row] for row in ahead]
+    assert each[0] == pytest.approx([.126928, .693147, .313262, .313262], abs=1e-6)
     for i, t in torch.cartesian_prod(torch.arange(2), torch.arange(4)):
         only = torch.zeros(2, 4, dtype=torch.bool)
         only[i, t] = True
         assert detection_loss(LOGITS, REPLACED, only).item() == pytest.approx(each[i][t], abs=1e-6)
     found = detection_loss(LOGITS, REPLACED, REAL).item()
+    assert found == pytest.approx((sum(each[0]) + sum(each[1][:3])) / 7)   # padding has no vote
     assert found == pytest.approx(.276482, abs=1e-6)
-    assert found * 7 == pytest.approx(1.935376, abs=1e-6)
     assert .1 + .005 * found == pytest.approx(.101382, abs=1e-6)
 
 

@@ -24,11 +24,19 @@ def random_batch(B=11, D=5, K=3):
     return torch.randn(B, D).double(), torch.randint(K, (B,))
 
 
+def relaxed(x, labels, **settings):
+    return relaxed_contrast(F.cosine_similarity(x[:, None], x, dim=-1), labels, **settings)
+
+
 # ---- the loss -------------------------------------------------------------------------------
 
 def test_the_worked_example():
-    contrast, penalty = relaxed_contrast(at(0, 20, 90, 150), torch.tensor([0, 0, 1, 1]),
+    """Logits of the first with the others: cos 20° / .5 = 1.8794, its class; 0; -1.7321."""
+    contrast, penalty = relaxed(at(0, 20, 90, 150), torch.tensor([0, 0, 1, 1]),
                                          temperature=.5)
+    attraction = math.log(math.exp(1.8794) + math.exp(0) + math.exp(-1.7321)) - 1.8794
+    too_close = math.log(math.exp(1 / .5) + math.exp(1.8794)) - 1 / .5   # cos 20° > .7 > cos 60°
+    assert [contrast[0], penalty[0]] == pytest.approx([attraction, too_close], abs=1e-4)
     assert contrast.tolist() == pytest.approx([.165258, .296257, .740493, .154266], abs=1e-6)
     assert penalty.tolist() == pytest.approx([.634657, .634657, 0, 0], abs=1e-6)
     assert (contrast.mean() + penalty.mean()).item() == pytest.approx(.656397, abs=1e-6)
@@ -46,7 +54,7 @@ def test_it_is_the_sum_over_every_pair_of_a_class():
                       / len(others)] if others else []
         close = sum(math.exp(s[i][j] / .2) for j in others if s[i][j] > .3)
         penalties.append(math.log(math.exp(1 / .2) + close) - 1 / .2)
-    contrast, penalty = relaxed_contrast(x, y, temperature=.2, threshold=.3)
+    contrast, penalty = relaxed(x, y, temperature=.2, threshold=.3)
     assert contrast.tolist() == pytest.approx(contrasts)
     assert penalty.tolist() == pytest.approx(penalties, abs=1e-9) and max(penalties) > .01
 
@@ -58,7 +66,7 @@ def test_two_views_a_class_without_penalty_are_nt_xent_over_2n_views():
     logits = F.normalize(views) @ F.normalize(views).T / .05
     nt_xent = -(logits[torch.arange(14), own]
                 - logits.masked_fill(~others, -math.inf).logsumexp(1)).mean()
-    contrast, _ = relaxed_contrast(views, torch.arange(7).repeat(2))
+    contrast, _ = relaxed(views, torch.arange(7).repeat(2))
     assert contrast.mean().item() == pytest.approx(nt_xent.item())
 
 
@@ -66,10 +74,10 @@ def test_two_views_a_class_without_penalty_are_nt_xent_over_2n_views():
     (1., .7, math.log(2)), (.7, .69, .002476), (.69, .7, 0.)])
 def test_the_penalty_of_a_pair_at_a_cosine(cosine, threshold, expected):
     x = at(0, math.degrees(math.acos(cosine)))
-    _, penalty = relaxed_contrast(x, torch.zeros(2), threshold=threshold)
+    _, penalty = relaxed(x, torch.zeros(2), threshold=threshold)
     assert penalty.tolist() == pytest.approx([expected] * 2, abs=1e-6)
     for temperature in (.01, .5, 3.):                             # an identical pair: at any
-        _, penalty = relaxed_contrast(at(30, 30), torch.zeros(2), temperature=temperature)
+        _, penalty = relaxed(at(30, 30), torch.zeros(2), temperature=temperature)
         assert penalty.tolist() == pytest.approx([math.log(2)] * 2)
 
 
@@ -78,7 +86,7 @@ def test_the_penalty_pushes_harder_the_closer_a_pair_is(s, slope):
     """d penalty / d s, from the gradient along the angle: d s / d θ = -sin θ."""
     angle = torch.tensor(math.acos(s), dtype=torch.double, requires_grad=True)
     x = torch.stack([torch.stack([angle.cos(), angle.sin()]), at(0)[0]])
-    _, penalty = relaxed_contrast(x, torch.zeros(2), threshold=.69)
+    _, penalty = relaxed(x, torch.zeros(2), threshold=.69)
     found = torch.autograd.grad(penalty[0], angle)[0] / -angle.detach().sin()
     assert found.item() == pytest.approx(slope, rel=1e-4)
 
@@ -94,7 +102,7 @@ def pair_with_negatives(s, n):
 
 def loss_of_pair(s, n, beta=1.):
     """By the function, and by hand: log of e^(s/τ) and two e^(n/τ), less s/τ, and the penalty."""
-    contrast, penalty = relaxed_contrast(*pair_with_negatives(s, n))
+    contrast, penalty = relaxed(*pair_with_negatives(s, n))
     by_hand = -s / .05 + math.log(math.exp(s / .05) + 2 * math.exp(n / .05))
     by_hand += beta * (math.log(1 + math.exp((s - 1) / .05)) if s > .7 else 0)
     assert contrast[0] + beta * penalty[0] == pytest.approx(by_hand)
@@ -116,7 +124,7 @@ def test_a_pair_comes_to_rest_at_the_closed_form(n, equilibrium):
 def test_alone_an_anchor_has_no_contrast_and_gradients_are_finite_even_at_points(labels, count):
     x = torch.ones(4, 3).double().requires_grad_()
     for batch in (x, x + torch.eye(4, 3)):
-        contrast, penalty = relaxed_contrast(batch, torch.tensor(labels))
+        contrast, penalty = relaxed(batch, torch.tensor(labels))
         assert len(contrast) == count and len(penalty) == 4
         gradient, = torch.autograd.grad(contrast.sum() + penalty.sum(), x)
         assert gradient.isfinite().all()
@@ -177,7 +185,7 @@ def test_the_loss_adds_cross_entropy_and_the_mean_over_levels_of_both_terms(scl,
     out, y = encoded(), torch.tensor([0, 0, 1, 0])
     expected = F.cross_entropy(method.classifier(pooled(out, 6)), y)
     for layer in (2, 4, 6):
-        contrast, penalty = relaxed_contrast(pooled(out, layer), y, threshold=threshold)
+        contrast, penalty = relaxed(pooled(out, layer), y, threshold=threshold)
         expected = expected + (scl * contrast.mean() + beta * penalty.mean()) / 3
     assert method.loss(out).item() == pytest.approx(expected.item())
 
@@ -414,4 +422,6 @@ def test_a_score_that_is_no_number_is_nan_in_the_table(train):
 
 
 def test_a_dry_run_counts_the_rounds(given):
-    assert ", 2 times" in mincse.dry_run(mincse.read_inputs(given("fedrcl", **FED | {"steps": 3})))
+    """Two rounds, in each of which two of the four clients take three steps."""
+    plan = mincse.dry_run(mincse.read_inputs(given("fedrcl", **FED | {"steps": 3})))
+    assert "steps: 12 at " in plan and "dev scores: 2," in plan

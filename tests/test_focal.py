@@ -37,6 +37,16 @@ def slope(s, **settings):
 
 # ---- the formula ----------------------------------------------------------------------------
 
+def test_a_batch_of_two_on_a_sheet_of_paper():
+    """τ is 0.1, m 0.3. InfoNCE has the same loss for both anchors: log(1 + e^-2) = .1269."""
+    found = focal_info_nce(*with_cosines(torch.tensor([[.8, .6], [.5, .7]]).double()),
+                           temperature=.1)
+    first = math.log1p(math.exp((.6 * (.6 + .3) - .8 * .8) / .1))   # .54 - .64: log(1 + e^-1)
+    second = math.log1p(math.exp((.5 * (.5 + .3) - .7 * .7) / .1))  # .40 - .49: log(1 + e^-.9)
+    assert [first, second] == pytest.approx([.3133, .3412], abs=1e-4)
+    assert found.item() == pytest.approx((first + second) / 2)
+
+
 @pytest.mark.parametrize("temperature, hardness, expected",
                          [(.05, .3, .15269911), (.05, 0, .00133764), (1, .3, .86291774)])
 def test_the_worked_example(temperature, hardness, expected):

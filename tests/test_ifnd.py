@@ -72,6 +72,10 @@ SAME = [[False, True, False], [True, False, False], [False] * 3]
     ("eliminate", [.183901, .263282, .528229], .325137),
     ("attract", [.827123, .878802, .528229], .744718)])
 def test_the_worked_example(strategy, each, mean):
+    """τ is 0.5, so the first anchor has logits 1.8, 1.4 and .2; 1.4 is a false negative."""
+    by_hand = {"eliminate": math.log(1 + math.exp(.2 - 1.8)),
+               "attract": math.log(math.exp(1.8) + math.exp(1.4) + math.exp(.2)) - (1.8 + 1.4) / 2}
+    assert by_hand[strategy] == pytest.approx(each[0], abs=1e-6)
     assert per_anchor(COSINES, SAME, strategy, .5) == pytest.approx(each, abs=1e-6)
     logits = torch.tensor(COSINES).double() / .5
     same = torch.tensor(SAME)

@@ -263,7 +263,9 @@ def test_nearer_ones_are_drawn_more_often():
     pairs = {(0, 1): math.cos(math.radians(20)), (0, 2): math.cos(math.radians(40))}
     table, chance = pair_table(pairs, [0, 1, 2, 3], width=3, temperature=.1)
     assert table.tolist() == [[1, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
-    assert chance[0].tolist() == pytest.approx([.850240, .149760, 0], abs=1e-6)
+    far = math.exp((pairs[0, 2] - pairs[0, 1]) / .1)              # (.766 - .940) / .1: .176 to 1
+    assert chance[0].tolist() == pytest.approx([1 / (1 + far), far / (1 + far), 0])
+    assert chance[0, 0].item() == pytest.approx(.850240, abs=1e-6)
     assert chance[1].tolist() == chance[2].tolist() == [1, 0, 0] and not chance[3].any()
 
 
@@ -568,7 +570,8 @@ def annotations_of_a_toy(seed, *, documents=40, width=64):
     return annotations
 
 
-def test_a_better_encoder_finds_more_pairs_and_purer_ones_round_after_round():
+def test_a_better_encoder_finds_half_as_many_pairs_again_and_as_pure_ones():
+    """Nearly all pairs are pure, before and after: which is purer, rounding may decide."""
     toys = [annotations_of_a_toy(seed) for seed in range(5)]
-    assert sum(second[1] >= first[1] for first, second in toys) >= 4, toys
-    assert all(second[0] > first[0] for first, second in toys), toys
+    assert all(second[0] > 1.5 * first[0] for first, second in toys), toys
+    assert all(second[1] >= first[1] - .01 and second[1] > .98 for first, second in toys), toys

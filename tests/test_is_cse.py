@@ -54,6 +54,16 @@ def test_a_batch_larger_than_the_memory_is_our_own_bug():
 
 # ---- smoothing ------------------------------------------------------------------------------
 
+def test_a_blend_on_a_sheet_of_paper():
+    """x = (.8, .6, 0) and its nearest memory, β = 2."""
+    rows = worked_memory().rows                                   # x itself is the third
+    assert (rows @ POSITIVE[0]).tolist() == pytest.approx([.96, .6, 1, .36])
+    own = math.exp(1 / 2) / (math.exp(1 / 2) + math.exp(.96 / 2))   # .505: nearly a plain mean
+    blend = [own * .8 + (1 - own) * .6, own * .6 + (1 - own) * .8, 0]
+    assert blend == pytest.approx([.7010, .6990, 0], abs=1e-4)
+    assert smooth(POSITIVE, rows, neighbours=1)[0].tolist() == pytest.approx(blend)
+
+
 @pytest.mark.parametrize("neighbours, blends", [
     (0, POSITIVE.tolist()), (1, [[.70099997, .69900003, 0], [0, .7800664, .4398672]]),
     (2, [[.49594648, .78704724, 0], [.178637, .7860012, .30890627]])])

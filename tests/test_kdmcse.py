@@ -47,6 +47,16 @@ def off_diagonal(x):
 
 # ---- the margin -----------------------------------------------------------------------------
 
+def test_the_first_anchor_on_a_sheet_of_paper():
+    """At 0°, its positive at 5°, negatives at 50° and 85°; the teacher's cosines are .5 and 0."""
+    nearer = [50 - math.degrees(.125 * .5), 85 - math.degrees(.125 * 1)]            # 46.42, 77.84
+    own, *negatives = (math.cos(math.radians(angle)) for angle in (5, *nearer))
+    found = nearer_negatives(cosine(ANCHORS, TARGETS), SIMILARITY, angular_margin=.125)
+    assert found[0].tolist() == pytest.approx([own, *negatives])                    # .996 .689 .211
+    loss = math.log1p(sum(math.exp((s - own) / .05) for s in negatives))            # e^-6.1 + e^-16
+    assert loss == pytest.approx(.002161, abs=1e-6)               # .000851 without a margin
+
+
 @pytest.mark.parametrize("margin, similarity, rows, mean", [
     (0., SIMILARITY, [.000851, .039485, .009972], .016769),
     (.125, NONE, [.005191, .143328, .043220], .063913),
@@ -123,6 +133,7 @@ def kdmcse(tmp_path):
         model = SentenceEncoder(Encoder(EncoderConfig("bert", 7, 2, 1, 1, 5)), pooling="cls")
         texts = [f"number {row}" for row in range(len(rows))]
         method = KDMCSE(Corpus("texts", [texts], None, "", 0), config, model=model).double()
+        method.prepare(None)
         method.teacher = rows                                     # without the rounding to half
         return method
     return build
@@ -186,13 +197,14 @@ def test_grounding_is_the_mean_contrast_of_both_views_with_the_projected_teacher
     assert method.logs()["grounding_loss"] == pytest.approx(grounding, rel=1e-6)
 
 
-def test_only_grounding_trains_the_heads_and_nothing_trains_or_saves_the_teacher(kdmcse):
+def test_only_grounding_trains_the_heads_and_nothing_trains_the_teacher_but_runs_save_its_vectors(
+        kdmcse):
     for weight in (0., .01):
         method, a = kdmcse(grounding_weight=weight), ANCHORS.clone().requires_grad_()
         method.loss(encoded(a)).backward()
         assert all((p.grad is not None) == (weight > 0) for p in method.parameters())
         assert not method.teacher.requires_grad and a.grad.any()
-    assert "teacher" not in method.state_dict() and len(method.state_dict()) == 4
+    assert "teacher" in method.state_dict() and len(method.state_dict()) == 5
 
 
 def test_the_threshold_is_what_one_random_pair_in_a_thousand_exceeds(kdmcse):
@@ -203,7 +215,7 @@ def test_the_threshold_is_what_one_random_pair_in_a_thousand_exceeds(kdmcse):
     assert .0004 < exceeded < .002
     assert by_chance(rows, seed=1) == by_chance(rows, seed=1) != by_chance(rows, seed=2)
     assert by_chance(torch.eye(9), seed=1) == .5                  # nobody is paired with themselves
-    assert kdmcse(rows, teacher_threshold=0.).threshold == by_chance(rows.half(), seed=42)
+    assert kdmcse(rows, teacher_threshold=0.).threshold == by_chance(rows, seed=42)
 
 
 @pytest.mark.parametrize("name, value, said", [
@@ -236,7 +248,7 @@ def opened(tmp_path, corpus):
     """opened(rows) -> the teacher that is an .npy of these rows, for 64 sentences."""
     def of(rows, corpus=corpus):
         numpy.save(tmp_path / "rows.npy", rows)
-        return open_teacher(str(tmp_path / "rows.npy"), corpus, device=torch.device("cpu"))
+        return open_teacher(Config(teacher=str(tmp_path / "rows.npy")), corpus)
     return of
 
 
@@ -274,7 +286,7 @@ def test_rows_that_do_not_fit_or_have_no_direction_are_refused(opened, change, s
 
 def test_an_encoder_makes_the_vectors_in_the_order_of_the_corpus(tiny, corpus):
     torch.manual_seed(3)
-    ask, drawn = open_teacher(str(tiny), corpus, device=torch.device("cpu")), torch.rand(1)
+    ask, drawn = open_teacher(Config(teacher=str(tiny), precision="fp32"), corpus), torch.rand(1)
     torch.manual_seed(3)
     assert drawn == torch.rand(1)                                 # so heads are drawn as without
     found = index(ask, corpus.columns[0], chunk=10)               # seven pieces, the last ragged
@@ -298,7 +310,7 @@ def test_a_run_logs_its_terms_and_saves_a_plain_encoder(train, tiny, settings):
     assert ("grounding_loss" in last) == ("grounding_weight" not in settings)
     assert load_file(folder / "model.safetensors").keys() == load_file(
         tiny / "model.safetensors").keys()
-    assert f"taught by {tiny}" in (folder / "results.md").read_text()
+    assert f"taught by {tiny.name}" in (folder / "results.md").read_text()
 
 
 def test_a_file_of_vectors_serves_as_well_as_the_encoder_that_made_it(

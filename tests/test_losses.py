@@ -35,10 +35,22 @@ def random_pair(B=7, C=11, D=5):
 
 # ---- InfoNCE --------------------------------------------------------------------------------
 
-def test_cosine_compares_every_row_with_every_row():
-    assert close(cosine(A, P), [[.98058068, .09950372, .78086881],
-                                [.19611614, .99503719, .62469505],
-                                [.83205029, .77395730, .99388373]])
+def test_a_batch_of_three_on_a_sheet_of_paper():
+    """Each anchor must find its own positive, on the diagonal, among three. τ is 0.2."""
+    anchor = torch.tensor([[1, 0], [3, 4], [0, 2]]).double()      # of lengths 1, 5 and 2
+    positive = torch.tensor([[.8, .6], [.6, .8], [-.6, .8]]).double()               # of length 1
+    cosines = [[.8, .6, -.6],                                     # 1 · .8 + 0 · .6, and so on
+               [4.8 / 5, 5 / 5, 1.4 / 5],                         # (3 · .8 + 4 · .6) / 5, ...
+               [1.2 / 2, 1.6 / 2, 1.6 / 2]]                       # (0 · .8 + 2 · .6) / 2, ...
+    logits = [[4, 3, -3], [4.8, 5, 1.4], [3, 4, 4]]               # cosine / τ
+    assert close(cosine(anchor, positive), cosines) and close(torch.tensor(cosines) / .2, logits)
+    # e^3 = 20.086, e^4 = 54.598, e^4.8 = 121.510 ...: how sure is each of its own positive?
+    sure = [54.598 / (54.598 + 20.086 + .0498), 148.413 / (121.510 + 148.413 + 4.055),
+            54.598 / (20.086 + 54.598 + 54.598)]
+    assert sure == pytest.approx([.7306, .5417, .4223], abs=1e-4)
+    loss = -sum(map(math.log, sure)) / 3                          # (.3139 + .6131 + .8620) / 3
+    assert loss == pytest.approx(.5963, abs=1e-4)
+    assert info_nce(anchor, positive, temperature=.2).item() == pytest.approx(loss, abs=1e-5)
 
 
 def test_info_nce_is_the_mean_surprise_at_finding_the_own_positive():

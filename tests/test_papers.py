@@ -4,16 +4,16 @@ import json
 import re
 import sys
 import types
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import pytest
 import torch
 
 import mincse
-from conftest import ROOT
+from conftest import ROOT, ready
 from engine import pieces
 from engine.flags import dashed
-from papers import METHODS, listing, own_settings, parse
+from papers import METHODS, every_page, explain, listing, own_settings, parse
 from papers.focal import LOSSES
 from papers.settings import Config
 
@@ -33,10 +33,8 @@ def makes_sense(method, loss, positives, columns) -> bool:
 
 def first_step(flags):
     """Loss of the first step, and the size of the gradient that reached the encoder."""
-    inputs = mincse.read_inputs(flags)
-    job = mincse.build(inputs, inputs.config)
-    job.method.prepare(job.encode)
-    _, loss, _ = next(mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1))
+    job, loop = ready(flags)
+    _, loss, _ = next(loop)
     return loss.item(), next(job.model.encoder.parameters()).grad.abs().sum().item()
 
 
@@ -133,6 +131,23 @@ def test_every_setting_of_a_paper_is_a_flag_and_only_what_is_typed_is_given(meth
         assert not any(found.values())
 
 
+@pytest.mark.parametrize("name", every_page())
+def test_a_page_is_explained_by_its_header_settings_and_files_that_exist(name, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(["--explain", name])
+    module, said = sys.modules[every_page()[name].__module__], capsys.readouterr().out
+    assert not ended.value.code and said.startswith(module.__doc__.strip())
+    assert all(f"    {dashed(f.name)} {f.default!r}: " in said
+               for f in (own_settings(name) if name in METHODS else ()))
+    assert all((ROOT / path).is_file() for path in re.findall(r"[\w/]+\.py", said))
+    assert listing([name]) in said and f"read {module.__name__.replace('.', '/')}.py" in said
+
+
+def test_a_formula_is_explained_and_so_is_what_was_run_for_the_study():
+    assert "loss = mean_i  -log  exp(l_ii / τ)" in explain("focal")
+    assert re.search(r"python mincse.py .*--method cards", explain("cards"))
+
+
 def test_the_list_has_every_paper_with_source_and_verified_average():
     text = listing()
     assert all(f"--method {name}" in text for name in METHODS)
@@ -178,12 +193,8 @@ ROUNDING = 16 * torch.finfo(torch.float32).eps
 
 def gradients(flags, *, steps=2):
     """Of the last of some steps that change no weight, but fill buffers; what was remembered."""
-    inputs = mincse.read_inputs(flags)
-    job = mincse.build(inputs, replace(inputs.config, learning_rate=0., clip=1e9))
-    job.method.prepare(job.encode)
-    if job.method.in_turn:
-        job.method.remember(job.model)                            # as in its second task
-    for step, loss, _ in mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1):
+    job, loop = ready(flags, learning_rate=0., clip=1e9)
+    for step, loss, _ in loop:
         if step == steps:
             break
     found = {name: p.grad for name, p in job.networks.named_parameters() if p.grad is not None}

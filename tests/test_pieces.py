@@ -17,6 +17,7 @@ import mincse
 from engine import pieces, run_folder
 from engine.flags import program as with_exit_code
 from engine.pieces import Pieces
+from eval_sts import StsTest
 from papers import METHODS
 from papers.settings import Config
 
@@ -76,8 +77,9 @@ def loss_at(monkeypatch):
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_names_the_step_and_keeps_the_batch(
-        ended, loss_at, sentences, value):
+        ended, loss_at, sentences, value, monkeypatch):
     loss_at(7, float(value))
+    monkeypatch.setattr(mincse, "SAVE_EVERY", 0)
     code, said, folder = ended(steps=20, learning_rate=.001, dev_every=5)
     assert code == 1
     assert said == (f"mincse.py: the loss is {value} at step 7: try a lower --learning-rate than "
@@ -104,7 +106,8 @@ def test_no_weights_are_saved_after_a_loss_that_is_no_number(ended, loss_at):
         patch.setattr(run_folder.Log, "add", add_and_stop)
         code, said, folder = ended(steps=20)
     assert code == 1 and "the loss is nan at step 3" in said
-    assert not (folder / "state.pt").exists() and not (folder / "model.safetensors").exists()
+    assert torch.load(folder / "state.pt")["state"]["step"] == 0
+    assert not (folder / "model.safetensors").exists()
 
 
 def test_collapse_is_named_once(program, capsys):
@@ -126,7 +129,7 @@ def test_collapse_is_a_matter_of_all_cosines_and_not_of_the_first_steps(tmp_path
         assert ("collapse" in capsys.readouterr().err) == warned
 
 
-def no_memory_on_the_gpu():
+def no_memory_on_the_gpu(*_):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
 
@@ -134,8 +137,17 @@ def no_memory_for_the_processor():
     torch.empty(2**60, dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("fails", [no_memory_on_the_gpu, no_memory_for_the_processor,
-                                   lambda: [0] * 2**60], ids=["gpu", "cpu", "python"])
+def fails_with(text):
+    def fail():
+        raise RuntimeError(text)
+    return fail
+
+
+@pytest.mark.parametrize("fails", [
+    no_memory_on_the_gpu, fails_with("CUDA error: out of memory\nCompile with ..."),
+    fails_with("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    no_memory_for_the_processor, lambda: [0] * 2**60],
+    ids=["gpu", "driver", "cublas", "cpu", "python"])
 @pytest.mark.parametrize("settings, said", [
     ({}, "out of memory with 8 rows of a column at a time: try --micro-batch 4, which"),
     ({"micro_batch": 6}, "with 6 rows of a column at a time: try --micro-batch 3,"),
@@ -144,6 +156,13 @@ def test_out_of_memory_suggests_half_of_what_failed(ended, monkeypatch, fails, s
     monkeypatch.setattr(METHODS["simcse"], "loss", lambda self, out: fails())
     code, found, _ = ended(steps=4, **settings)
     assert code == 1 and said in found
+
+
+def test_out_of_memory_while_scoring_says_so_and_that_the_saves_stand(ended, monkeypatch):
+    monkeypatch.setattr(StsTest, "score", no_memory_on_the_gpu)
+    code, said, _ = ended(steps=4)
+    assert code == 1 and said == ("mincse.py: out of memory (CUDA out of memory. Tried to allocate "
+                                  "20.00 MiB.); what was saved before stands")
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc",

@@ -10,7 +10,8 @@ from scipy import stats
 
 from eval_sts import spearman
 from tools import report
-from tools.report import Predictions, bootstrap, holm, sign_flip_p, spearmans
+from tools.report import (Predictions, bootstrap, could_be_seen, holm, sign_flip_p, spearmans,
+                          t_test)
 
 ROOT = Path(__file__).parent.parent
 GOLD = [0., 1., 1., 2., 3., 4., 5., 5., 2., 3.]
@@ -101,15 +102,31 @@ def test_what_is_not_finished_or_of_another_program_is_named_and_left_out(run, g
 # ---- what is written ------------------------------------------------------------------------
 
 def test_the_table_by_hand_compares_the_seeds_that_both_have(run, groups):
+    """Differences 2, 1, 3: mean 2, s 1, standard error 1 / √3; t with 2 degrees of freedom is
+    2√3 = 3.464, whose p is 0.074, and reaches 4.303 / √3 = 2.484 to either side."""
     for seed in range(3):
         run(seed, 60. + seed), run(seed, [62., 62., 65.][seed], method="cards")
     found = groups()
-    assert report.rows_of(found, found[0]) == [
-        ["", "seeds", "steps", "STS-B", "SICK-R", "average", "against simcse", "p"],
-        ["simcse", "3", "10", "62.00", "60.00", "61.00 ± 1.00", "", ""],
-        ["cards", "3", "10", "64.00", "62.00", "63.00 ± 1.73", "+2.00", "0.25"]]
+    assert report.table_of(found, found[0]) == [
+        ["", "seeds", "steps", "STS-B", "SICK-R", "average", "against simcse", "95 % interval",
+         "p (t, Holm)", "p (exact)"],
+        ["simcse", "3", "10", "62.00", "60.00", "61.00 ± 1.00", "", "", "", ""],
+        ["cards", "3", "10", "64.00", "62.00", "63.00 ± 1.73", "+2.00", "-0.48 to +4.48", "0.074",
+         "0.250"]]
     run(7, 99., method="cards")
     assert report.paired(*groups()[::-1]) == [2., 1., 3.]
+
+
+def test_a_single_seed_in_common_says_nothing_and_several_say_what_could_have_been_seen(
+        run, groups):
+    run(0, 60.), run(0, 61., method="cards")
+    found = groups()
+    assert report.table_of(found, found[0])[2][6:] == ["+1.00", "-inf to +inf", "1.000", "1.000"]
+    assert "could have been seen" not in report.as_markdown(found, found[0])
+    for seed in (1, 2):
+        run(seed, 60.), run(seed, 61. + seed, method="cards")
+    found = groups()
+    assert "could have been seen is 3.10" in report.as_markdown(found, found[0])
 
 
 def test_the_program_writes_tables_and_figures(run, said, tmp_path):
@@ -156,7 +173,7 @@ STUDY = [f"study/{name}" for name in ("cards", "debcse", "diffcse", "ifnd", "kdm
 
 
 @pytest.mark.parametrize("page, folders, baseline", [
-    ("README.md", ["study"], ""), ("docs/RESULTS.md", ["study"], ""),
+    ("docs/RESULTS.md", ["study"], ""),
     ("docs/RESULTS.md", ["stand-in"], ""),
     ("docs/RESULTS.md", ["ablations", *STUDY], "simcse, head train"),
     ("docs/RESULTS.md", ["wiki1m/simcse-1500", "combination/nli"], "")])
@@ -167,8 +184,8 @@ def test_the_tables_of_the_pages_are_made_from_the_records_in_results(page, fold
 
 
 @pytest.mark.parametrize("folder, pages", [
-    ("wiki1m/simcse", ["README.md", "mini/README.md"]), ("wiki1m/simcse-1500", ["README.md"]),
-    ("combination/nli", ["README.md", "docs/RESULTS.md"])])
+    ("stand-in/simcse", ["README.md", "mini/README.md"]), ("wiki1m/simcse", ["mini/README.md"]),
+    ("combination/nli", ["docs/RESULTS.md"])])
 def test_averages_that_are_told_in_a_sentence_are_those_of_the_records(folder, pages):
     group, = report.groups_of(report.find_runs([ROOT / "results" / folder]))
     average = report.spread(list(group.averages.values()))
@@ -186,6 +203,28 @@ def test_the_sign_flip_test_counts_by_hand_and_equals_scipys(differences, p):
     found = stats.permutation_test((longer,), sum, n_resamples=10**6, permutation_type="samples",
                                    vectorized=False)
     assert sign_flip_p(differences) == p and sign_flip_p(longer) == pytest.approx(found.pvalue)
+
+
+@pytest.mark.parametrize("differences", [[1., 2., 3.], [.3, -.1, .5, .2, .4, -.2], [4., -4.]])
+def test_p_and_interval_of_the_t_test_are_scipys(differences):
+    found = stats.ttest_1samp(differences, 0)
+    assert t_test(differences) == pytest.approx(
+        (found.pvalue, *found.confidence_interval(.95)))
+
+
+def test_differences_that_are_the_same_for_every_seed_are_certain_and_none_at_all_is_none():
+    assert t_test([2., 2., 2.]) == (0., 2., 2.) and t_test([0., 0.]) == (1., 0., 0.)
+
+
+def test_the_smallest_difference_that_could_have_been_seen_by_hand_and_by_repeating_the_study():
+    """Variances 1 (2 degrees of freedom) and 4 (4): s² = (2 + 16) / 6 = 3, and the fewer seeds are
+    3, so (4.303 + 1.061) √3 / √3 = 5.36. Of studies where s is 3 and 5.36 · √3 true, 80 % see it.
+    """
+    said = could_be_seen([[0., 1., 2.], [-2., -2., 0., 2., 2.], [7.]])
+    assert "With 3 paired seeds" in said and "deviate by 1.73" in said and "is 5.36 (" in said
+    studies = np.random.default_rng(0).normal(5.364, 3 ** .5, (2000, 3))
+    seen = np.mean([t_test(study.tolist())[0] < .05 for study in studies])
+    assert seen == pytest.approx(.8, abs=.05)
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls():

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mincse
 from engine import run_folder
 from engine.flags import program as with_exit_code
 
@@ -134,6 +135,7 @@ def test_a_model_that_the_state_does_not_know_of_never_takes_the_place_of_the_be
         saved(folder, state, *rest)
 
     flags, saved, out = {"steps": 6, "dev_every": 2}, run_folder.save_state, tmp_path / "run"
+    monkeypatch.setattr(mincse, "SAVE_EVERY", 0)
     whole = program(out="whole", **flags)
     stopped(2, program, out="two", **flags)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -141,6 +143,38 @@ def test_a_model_that_the_state_does_not_know_of_never_takes_the_place_of_the_be
         program(**flags)
     assert (out / ".best-4").exists() and bits(out) == bits(tmp_path / "two") != bits(whole)
     assert bits(program("--resume", **flags)) == bits(whole)
+    assert not list(out.glob(".best-*"))
+
+
+@pytest.mark.parametrize("every, saved", [(0, [0, 2, 4, 6]), (600, [0, 6])])
+def test_a_state_is_saved_before_the_first_step_by_time_and_after_the_last_one(
+        every, saved, program, pairs, monkeypatch):
+    """Not at every dev score: for bert-base a state takes 1.3 GB."""
+    steps, save = [], run_folder.save_state
+    monkeypatch.setattr(mincse, "SAVE_EVERY", every)
+    monkeypatch.setattr(run_folder, "save_state",
+                        lambda folder, state, *rest: steps.append(state.step) or save(
+                            folder, state, *rest))
+    program(steps=6, dev=pairs, dev_every=2)
+    assert steps == saved
+
+
+def test_killed_between_two_saves_a_run_finds_the_better_model_again(
+        program, pairs, monkeypatch, tmp_path):
+    """At step 5 the state is that of step 0; the best models of steps 2 and 4 wait or are gone."""
+    def add_or_die(log, loss, **facts):
+        if facts["step"] == 5:
+            raise KeyboardInterrupt
+        add(log, loss, **facts)
+
+    flags, out, add = {"steps": 6, "dev": pairs, "dev_every": 2, "pooling": "mean",
+                       "learning_rate": 1e-3}, tmp_path / "run", run_folder.Log.add
+    whole = program(out="whole", **flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.Log, "add", add_or_die)
+        program(**flags)
+    assert len(list(out.glob(".best-*"))) == 1 and not (out / "model.safetensors").exists()
+    assert bits(program("--resume", **flags)) == bits(whole) and log(out) == log(whole)
     assert not list(out.glob(".best-*"))
 
 
@@ -176,10 +210,10 @@ def test_a_run_killed_while_it_wrote_its_first_file_begins_again(program, tmp_pa
     assert (program() / "results.json").exists()
 
 
-def test_overwriting_leaves_no_model_of_the_run_before(program, stopped, tmp_path):
-    program()
-    stopped(2, program, "--overwrite", seed=7)
-    assert not (tmp_path / "run" / "model.safetensors").exists()
+def test_overwriting_leaves_no_model_of_the_run_before(program, stopped, pairs, tmp_path):
+    before = (program() / "model.safetensors").read_bytes()
+    stopped(2, program, "--overwrite", seed=7, dev=pairs)         # before the first dev score
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
 
 
 # ---- a full disk ----------------------------------------------------------------------------

@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import resolved
-from engine.flags import check_ranges, flag, pick_device, seed_range
+from engine.flags import check_ranges, flag, pick_device, say_limits, seed_list
+from engine.run_folder import environment
 from papers import METHODS
 
 
@@ -45,9 +47,10 @@ def test_a_flag_that_was_given_always_wins():
     assert {name: getattr(config, name) for name in given} == given
 
 
-@pytest.mark.parametrize("text, seeds", [("0-4", [0, 1, 2, 3, 4]), ("7", [7]), ("3-3", [3])])
-def test_seeds_are_a_range_with_both_ends(text, seeds):
-    assert seed_range(text) == seeds
+@pytest.mark.parametrize("text, seeds", [
+    ("0-4", [0, 1, 2, 3, 4]), ("7", [7]), ("3-3", [3]), ("2,0-1", [0, 1, 2])])
+def test_seeds_are_ranges_with_both_ends(text, seeds):
+    assert seed_list(text) == seeds
 
 
 @pytest.mark.parametrize("settings, said", [
@@ -87,3 +90,28 @@ def test_the_device_auto_is_a_gpu_or_the_processor_and_mps_only_when_asked_for(m
     for gpu, expected in [(False, "cpu"), (True, "cuda")]:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         assert pick_device("auto").type == expected
+
+
+def test_a_gpu_that_is_asked_for_by_number_is_the_one_that_is_asked_what_it_has(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "empty", lambda _, device: SimpleNamespace(
+        device=torch.device(device)))                             # there is none here
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert pick_device("cuda:1") == chosen[0] == torch.device("cuda:1")
+
+
+def test_a_run_names_its_own_gpu_and_none_if_it_is_on_the_processor(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU of {device}")
+    assert environment(torch.device("cpu"))["gpu"] is None
+    assert environment(torch.device("cuda:1"))["gpu"] == "the GPU of cuda:1"
+
+
+@pytest.mark.parametrize("device, bf16, said", [
+    ("cpu", False, ""), ("cuda", True, ""), ("cuda", False, "this GPU has no bfloat16, so "),
+    ("mps", False, "--device mps trains in float32, as it lacks float64 ")])
+def test_what_a_device_lacks_is_said_in_a_sentence(device, bf16, said, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    say_limits(torch.device(device))
+    found = capsys.readouterr().err
+    assert said in found and (said or not found) and found.count("\n") == bool(said)

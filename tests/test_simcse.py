@@ -62,8 +62,8 @@ def test_the_weight_of_hard_negatives_is_that_of_equation_8():
 
 
 def test_weight_zero_leaves_the_own_hard_negative_out_and_keeps_those_of_others():
-    assert own_hard_negative(3, 0.).tolist() == [[1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1],
-                                                 [1, 1, 1, 1, 1, 0]]
+    assert own_hard_negative(torch.zeros(3, 2), 0.).tolist() == [
+        [1, 1, 1, 0, 1, 1], [1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 0]]
 
 
 def test_the_menus_combine():

@@ -1,6 +1,7 @@
 """SparseCSE, in the style of: which heads and neurons does a sentence encoder not need?"""
 
 import json
+import math
 import subprocess
 import sys
 from copy import deepcopy
@@ -37,6 +38,9 @@ def test_the_scores_of_the_toy():
     both = gradients(losses, gates)["toy"]                        # (2, 1, 3)
     assert both[0, 0].tolist() == pytest.approx([-.015859, .016405, -.000545], abs=1e-6)
     assert both[1, 0].tolist() == pytest.approx([-3.199907, 3.168224, .031683], abs=1e-6)
+    lengths = [math.hypot(.015859, .016405, .000545), math.hypot(3.199907, 3.168224, .031683)]
+    first = [.015859 / lengths[0], 3.199907 / lengths[1]]         # of the first gate: A, U
+    assert first == pytest.approx([.694853, .710598], abs=5e-5)   # their mean is .7027
     for weight, expected in ((1, [.694853, .718748, .023895]), (0, [.710598, .703563, .007036]),
                              (.5, [.702726, .711156, .015466])):
         # The 1e-7 beside the norm shows at the fifth digit of slopes as small as these.
@@ -374,5 +378,5 @@ def test_what_is_not_there_is_refused_with_code_3(prune, tmp_path, capsys):
 def test_as_typed_it_ends_with_a_sentence_and_not_with_a_traceback(tmp_path):
     done = subprocess.run([sys.executable, "-m", "papers.sparsecse", tmp_path / "nothing"],
                           text=True, capture_output=True, cwd=ROOT)
-    assert done.returncode == 3 and "nothing: not on this machine" in done.stderr
+    assert done.returncode == 3 and "nothing: expected a folder" in done.stderr
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr

@@ -3,7 +3,6 @@
 That single layers and vectors are equal, in any batch and order, is in test_model.py.
 """
 
-import re
 from functools import partial
 
 import pytest
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 
 import data
 from eval_sts import read_test
-from engine.encoders import ENCODER, load
+from engine.encoders import ENCODER, in_thirds, load, translate
 from losses import info_nce
 from model import encode
 
@@ -41,12 +40,6 @@ def close(a, b):
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-def their_name(name):
-    for ours, theirs in ENCODER:
-        name = re.sub(ours, theirs, name)
-    return name
-
-
 def test_a_step_without_padding_is_the_padded_step_of_transformers(step, tiny):
     transformers = pytest.importorskip("transformers")
     reference = transformers.AutoModel.from_pretrained(tiny, dtype=torch.float32,
@@ -61,8 +54,8 @@ def test_a_step_without_padding_is_the_padded_step_of_transformers(step, tiny):
     loss, gradients = step(TEXTS)
     close(loss, expected.detach())
     named = dict(reference.named_parameters())
-    for name, gradient in gradients.items():
-        close(gradient, named[their_name(name)].grad)
+    for name, gradient in translate(in_thirds(gradients), ENCODER).items():
+        close(gradient, named[name].grad)
 
 
 @pytest.mark.parametrize("texts, extra", [(TEXTS, 7), (TEXTS[::-1], 0)],

@@ -50,6 +50,20 @@ ANCHORS, POSITIVE, BELOW, NOT_READ = (0, 90), (10, 80), (20, 70, 25, 60), (1, 2,
 
 # ---- the loss -------------------------------------------------------------------------------
 
+def test_a_batch_of_two_on_a_sheet_of_paper():
+    """Logits are 20 cos: 19.696 at 10°, 18.794 at 20°, 18.126 at 25°, 17.320 at 30°.
+
+    The anchor at 0° has its positive at 10°, and below it 20° and 25° are near; that at 90° has
+    80°, 70° and 60°. All else is below e^-9 of a positive.
+    """
+    at_0 = math.log(1 + math.exp(18.794 - 19.696) + math.exp(18.126 - 19.696))      # .4787
+    at_90 = math.log(1 + math.exp(18.794 - 19.696) + math.exp(17.320 - 19.696))     # .4045
+    layers = (NOT_READ, NOT_READ, BELOW, (*ANCHORS, *POSITIVE))
+    found = sscl(layers_as_negatives=1, layer_weight=1.).loss(
+        encoded([at(*layer)[:, None] for layer in layers]))
+    assert found.item() == pytest.approx((at_0 + at_90) / 2, abs=1e-3)
+
+
 @pytest.mark.parametrize("positive, weight, expected", [
     (POSITIVE, 0., 9.0024e-08), (POSITIVE, .5, .220773), (POSITIVE, 1., .441546),
     (ANCHORS, 1., .343450)])                                      # no dropout: both views are one

@@ -71,7 +71,8 @@ def test_one_fraternal_twin_is_pulled_closer_and_the_other_pushed_away():
 def test_the_loss_of_the_gap_is_zero_where_it_is_the_margin_and_moving_both_changes_nothing():
     s = double([.8, .8])
     term = partial(gap_term, s + .16, s)
-    assert term().item() == pytest.approx(.005850)                # the worked example
+    by_hand = ((.96 - .80 - .10) ** 2 + (.96 - .80 - .25) ** 2) / 2
+    assert by_hand == pytest.approx(.005850) and term().item() == pytest.approx(by_hand)
     assert gap_term(s + .06, s - .1).item() == pytest.approx(.005850)
     assert term(double([.16, .16])).item() == pytest.approx(0, abs=1e-12)
     assert all(term(double(wrong)) > 1e-5 for wrong in ([.16, .17], [.15, .16]))
@@ -81,7 +82,10 @@ def test_the_loss_of_the_gap_is_zero_where_it_is_the_margin_and_moving_both_chan
     (False, IDENTICAL, [.001113]), (False, FRATERNAL, [.126928]),
     (True, IDENTICAL, [.028041, .001181, .014611]), (True, FRATERNAL, [.239545, .127224, .183384])])
 def test_both_contrasts_of_the_worked_example(queue, twin, expected):
-    """At temperature 0.1, anchor by anchor, as sums of exponentials; the mean comes last."""
+    """At temperature 0.1, anchor by anchor, as sums of exponentials; the mean comes last.
+
+    The first, with the queue: log(e^9.6 + e^2.8 + e^-10 + e^6) - 9.6 = log(1 + e^-3.6 + ...).
+    """
     found = []
     for i, anchor in enumerate(H):
         each = [(F.cosine_similarity(anchor, c, dim=0) / .1).exp()
@@ -256,7 +260,7 @@ def test_margins_are_measured_of_all_rows_that_are_trained_on(steps, rows):
 
 def test_our_defaults():
     for *kind, batch, rate in (("bert", 768, 64, 3e-5), ("roberta", 768, 128, 1e-5),
-                               ("bert", 256, 128, 1e-5)):
+                               ("bert", 256, 128, 1e-4)):
         config = resolved("twins", *kind)
         assert (config.batch_size, config.learning_rate) == (batch, rate)
     assert (Config().twins_weight, Config().queue_batches) == (1, 2)

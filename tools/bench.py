@@ -3,7 +3,7 @@ How fast is it here?
 
     python -m tools.bench                            # a Markdown table in some minutes
     python -m tools.bench --data FOLDER              # on Wikipedia, with the seven STS tasks
-    python -m tools.bench --device cuda --encoder bert-base --only train --batch-size 512 --steps 50
+    python -m tools.bench --device cuda              # bert-base's shape, and what an epoch takes
     python -m tools.bench --only methods --encoder mini    # a step of each paper beside SimCSE's
 
 sentence-transformers is measured too where it is installed (with `datasets` and `accelerate` for
@@ -14,31 +14,39 @@ median of the turns.
     same     both in `--precision`, both cut at `--max-tokens`
     usual    told the batch size only: precision auto and 32 tokens here, float32 and as many tokens
              as the encoder has positions there
+    epoch    batches of 64 and of 512: a million sentences, and the matrix products of a step
+             against those that a large product does in its time
 """
+
+if __name__ == "__main__":
+    import engine.interrupt           # noqa: F401  first: Ctrl-C while torch is imported
 
 import argparse
 import json
 import multiprocessing
-import shutil
+import signal
 import statistics
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
+from timeit import repeat
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import mincse
 from engine.docs import doc_sentences
 from engine.encoders import read_config, save
-from engine.flags import count, exits, pick_device, wants_bf16
+from engine.files import write_json, write_text
+from engine.flags import Parser, count, exits, pick_device, program, wants_bf16
 from engine.hub import data_file, encoder_folder
 from engine.pieces import peak_memory
 from engine.run_folder import environment
@@ -49,9 +57,10 @@ from model import Encoder, SentenceEncoder, encode
 from papers import METHODS
 
 ROOT = Path(__file__).parent.parent
-# Shapes with random weights, which are as fast as trained ones, and the vocabulary of `mini`.
+# Shapes with random weights, which are as fast as trained ones; `mini` has the words, and the
+# vocabulary is filled up.
 SHAPES = {"bert-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12,
-                        "intermediate_size": 3072}}
+                        "intermediate_size": 3072, "vocab_size": 30522}}
 Turn = Callable[[], None]             # ends a turn: takes its time, lets the other library work
 
 
@@ -76,16 +85,20 @@ class Task:
             turn()
 
 
-def train_ours(task: Task, turn: Turn) -> int:
+def steps_ours(task: Task) -> Iterator:
+    """The loop that trains: as many steps as all turns have."""
     given = task.given
     own = {} if task.usual else {"max_tokens": given.max_tokens, "precision": given.precision}
     inputs = mincse.read_inputs(own | task.settings | {
         "encoder": str(task.encoder), "corpus": str(task.corpus), "batch_size": given.batch_size,
         "steps": given.steps * (given.turns + 1), "device": given.device})
     job = mincse.build(inputs, inputs.config)
-    job.method.prepare(job.encode)
-    loop = mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1)
+    job.method.prepare(job.encode_corpus)
+    return mincse.steps_of(job, mincse.batches_by_round(job, first=1), first=1)
 
+
+def train_ours(task: Task, turn: Turn) -> int:
+    given, loop = task.given, steps_ours(task)
     task.repeat(lambda: deque(islice(loop, given.steps), maxlen=0), turn)     # keeps no step
     return given.steps * given.batch_size
 
@@ -159,6 +172,12 @@ def evaluate_theirs(task: Task, turn: Turn) -> None:
     task.repeat(lambda: [test(model) for test in tests], turn)
 
 
+def wait(device: str) -> None:
+    """What was launched on a GPU is not yet computed."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
 OURS = {"train": train_ours, "encode": encode_ours, "evaluate": evaluate_ours}
 THEIRS = {"train": train_theirs, "encode": encode_theirs, "evaluate": evaluate_theirs}
 
@@ -174,8 +193,7 @@ def play(pipe, work: Callable, task: Task) -> None:
 
     def turn():
         nonlocal started
-        if task.given.device == "cuda":
-            torch.cuda.synchronize()                              # launched is not yet computed
+        wait(task.given.device)
         pipe.send(time.perf_counter() - started)
         pipe.recv()
         started = time.perf_counter()
@@ -189,7 +207,9 @@ def compare(turns: int, *sides: tuple[Callable, Task]) -> list[tuple[float, str,
     context, pipes = multiprocessing.get_context("spawn"), []
     for work, task in sides:
         pipe, end = context.Pipe()
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for this process only
         context.Process(target=play, args=(end, work, task), daemon=True).start()
+        signal.signal(signal.SIGINT, before)
         end.close()                                               # or a dead one is waited for
         pipes.append(pipe)
     for pipe in pipes:
@@ -211,9 +231,12 @@ def make_encoder(name: str, folder: Path) -> Path:
         model = open_encoder(encoder_folder(name), pooling="cls")[0]
     else:
         made.mkdir()
-        shape = json.loads((ROOT / "mini" / "config.json").read_text()) | SHAPES[name]
-        (made / "config.json").write_text(json.dumps(shape))
-        shutil.copy(ROOT / "mini" / "tokenizer.json", made)
+        shape = json.loads((ROOT / "mini" / "config.json").read_bytes()) | SHAPES[name]
+        write_json(made / "config.json", shape)
+        words = json.loads((ROOT / "mini" / "tokenizer.json").read_bytes())
+        words["model"]["vocab"] |= {f"[unused{number}]": number for number in range(
+            len(words["model"]["vocab"]), shape["vocab_size"])}
+        write_json(made / "tokenizer.json", words)
         model = SentenceEncoder(Encoder(read_config(made)), pooling="cls")
     save(model, made)
     return made
@@ -259,12 +282,36 @@ def method_row(name: str, task: Task) -> list[str]:
     return [name, task.encoder.name, f"{sentences / its:.0f}", memory, f"{its / plain:.2f}"]
 
 
+def epoch_row(size: int, task: Task) -> list[str]:
+    """Training with batches of this size, as a share of what the processor can do."""
+    task = replace(task, given=argparse.Namespace(**vars(task.given) | {"batch_size": size}))
+    [(seconds, memory, sentences)] = compare(task.given.turns, (train_ours, task))
+    with FlopCounterMode(display=False) as counter:
+        next(steps_ours(task))
+    share = counter.get_total_flops() * task.given.steps / seconds / matrix_rate(task.given)
+    return [str(size), task.encoder.name, f"{sentences / seconds:.0f}",
+            f"{1e6 * seconds / sentences:.0f} s", f"{share:.0%}", memory]
+
+
+def matrix_rate(given: argparse.Namespace) -> float:
+    """Additions and multiplications a second of a large matrix product."""
+    size = 8192 if given.device.startswith("cuda") else 1024
+    x = torch.randn(size, size, device=given.device, dtype=(
+        torch.bfloat16 if given.precision == "bf16" else torch.float32))
+    seconds = repeat(lambda: (x @ x, wait(given.device)), number=4, repeat=5)
+    return 4 * 2 * size**3 / min(seconds)
+
+
+# Other defaults on a GPU, to which `mini` is too little work.
+ON_GPU = {"encoder": ["bert-base"], "only": [*OURS, "epoch"], "steps": 50, "sentences": 20_000}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    top = argparse.ArgumentParser(prog="bench.py", description="Measure speed and memory here.")
+    top = Parser(prog="bench.py", description="Measure speed and memory here.")
     top.add_argument("--encoder", nargs="+", default=["mini", "bert-base"],
                      help="mini, bert-base (random weights), folders or Hub ids [mini bert-base]")
-    top.add_argument("--only", nargs="+", choices=[*OURS, "methods"], default=[*OURS],
-                     help="lines to measure [all but methods]")
+    top.add_argument("--only", nargs="+", choices=[*OURS, "methods", "epoch"],
+                     default=[*OURS], help="lines to measure [all but methods and epoch]")
     top.add_argument("--data", type=Path, help="folder with wiki1m and senteval/ [built-in docs]")
     top.add_argument("--precision", choices=["fp32", "bf16"], help="number format of `same` [auto]")
     top.add_argument("--device", default="auto", help="device: auto, cpu, cuda [auto]")
@@ -275,6 +322,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             ("--sentences", 1000, "sentences to train on and encode"),
             ("--threads", torch.get_num_threads(), "processor threads")):
         top.add_argument(name, type=count, default=default, help=f"{text} [{default}]")
+    if top.parse_args(argv).device.startswith("cuda"):
+        top.set_defaults(**ON_GPU)
     return top.parse_args(argv)
 
 
@@ -282,17 +331,17 @@ def main(argv: list[str] | None = None) -> None:
     given = parse(argv)
     with exits(2):
         device = pick_device(given.device)
-    given.device = device.type
+    given.device = str(device)
     given.precision = given.precision or ("bf16" if wants_bf16("auto", device) else "fp32")
     torch.set_num_threads(given.threads)
-    machine = environment()
+    machine = environment(device)
     print(f"{machine['gpu' if device.type == 'cuda' else 'processor']}, {given.threads} thread(s), "
           f"torch {machine['torch']}, {given.precision}, batches of {given.batch_size}.\n")
     with tempfile.TemporaryDirectory() as folder, exits(3):
         corpus = Path(folder) / "sentences.txt"
         lines = (read_lines(data_file(data.CORPORA["wiki1m"], given.data)) if given.data
                  else doc_sentences())
-        corpus.write_text("".join(line.strip() + "\n" for line in islice(lines, given.sentences)))
+        write_text(corpus, "".join(line.strip() + "\n" for line in islice(lines, given.sentences)))
         tasks = [Task("train", True, make_encoder(name, Path(folder)), corpus, given)
                  for name in given.encoder]
         if {*given.only} & {*OURS}:
@@ -302,10 +351,15 @@ def main(argv: list[str] | None = None) -> None:
         if "methods" in given.only:
             head = ["method", "encoder", "sentences a second", "memory", "time against simcse's"]
             print(markdown([head, *(method_row(name, task) for task in tasks for name in TIMED)]))
+        if "epoch" in given.only:
+            head = ["batch", "encoder", "sentences a second", "a million", "of matrix rate",
+                    "memory"]
+            rows = [epoch_row(size, task) for task in tasks for size in (64, 512)]
+            print(markdown([head, *rows]))
 
 
 if __name__ == "__main__":
     try:
-        main()
+        sys.exit(program(main))
     except EOFError:
         sys.exit("bench.py: one of the measured processes ended early; its message is above")

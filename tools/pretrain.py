@@ -5,14 +5,17 @@ Where does a pre-trained encoder come from? From plain text to a masked language
     python -m tools.pretrain --corpus wiki_docs --data FOLDER         # an encoder like mini
     python -m tools.pretrain --from bert-base-uncased --corpus my_texts.txt --learning-rate 1e-4
 
-The words around a hidden word must tell it (Devlin et al. 2019), and [CLS] must tell them all:
-`bag_loss`. The folder of a run is an `--encoder` of mincse.py. In reading order: from text to
-tokens, from counts to word embeddings, `guess`, `train`, a run.
+The words around a hidden word must tell it (Devlin et al. 2019). The folder of a run is an
+`--encoder` of mincse.py. In reading order: from text to tokens, from counts to word embeddings,
+`guess`, `train`, a run.
 
 Ctrl-C or a signal (timeout -s INT 2h python -m tools.pretrain ...) saves and ends a session;
 --resume goes on from the last save with the same numbers.
 Exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 130 interrupted, saved.
 """
+
+if __name__ == "__main__":
+    import engine.interrupt           # noqa: F401  first: Ctrl-C while torch is imported
 
 import argparse
 import json
@@ -34,10 +37,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from data import step_seed
 from engine import encoders, run_folder
 from engine.files import write_json, write_text
-from engine.flags import (Stop, add_flags, check_ranges, command, complain, exits, flag,
+from engine.flags import (Parser, Stop, add_flags, check_ranges, command, complain, exits, flag,
                           pick_device, program, wants_bf16)
 from engine.hub import encoder_folder
 from model import Encoder, EncoderConfig, MaskedLMHead, SentenceEncoder
@@ -64,12 +66,9 @@ class Config:
     mask_rate: float = flag(0.2, "data", "share of the tokens to be guessed", above=0, below=1)
     steps: int = flag(15_000, "optimisation", "length of the run", least=1)
     batch_size: int = flag(64, "optimisation", "sequences a step", least=1)
-    optimizer: str = flag("muon", "optimisation", "optimizer of the layers' matrices; AdamW has "
-                          "the rest; muon needs torch 2.9 or newer", ["muon", "adamw"])
     learning_rate: float = flag(1.2e-3, "optimisation", "peak of the learning rate", above=0)
     dropout: float = flag(0.0, "optimisation", "dropout while pre-training", least=0, below=1)
-    weight_decay: float = flag(0.01, "optimisation", "AdamW's decay; Muon's is 0.1", least=0)
-    bag_weight: float = flag(1.0, "optimisation", "weight of `bag_loss`", least=0)
+    weight_decay: float = flag(0.01, "optimisation", "decay of matrices in AdamW", least=0)
     clip: float = flag(1.0, "optimisation", "largest gradient norm", above=0)
     seed: int = flag(42, "optimisation", "seed of everything random", least=0)
     dev_every: int = flag(500, "output", "steps between saves, with a held-out score", least=1)
@@ -191,8 +190,8 @@ class MaskedLM(nn.Module):
         self.model, self.head = model, head
         head.words = model.encoder.words.weight
 
-    def guess(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (M, V) and answers (M,) of the M masked tokens; logits (B, V) of [CLS].
+    def guess(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:        # (B, T)s
+        """Logits (M, V) and answers (M,) of the M masked tokens.
 
         The last layer and the head compute only these, as the head's V columns are costly.
         """
@@ -200,25 +199,9 @@ class MaskedLM(nn.Module):
         x = self.model.encoder.embed(ids, torch.ones_like(ids, dtype=torch.bool))
         for layer in layers:
             x = layer(x, x)
-        first = torch.arange(0, ids.numel(), ids.shape[1], device=ids.device)     # (B,)
         asked = (labels.flatten() != -100).nonzero()[:, 0]                        # (M,)
-        places = torch.cat([first, asked])
-        x = last(replace(x, rows=x.rows[places], places=places), x)
-        summary, logits = self.head(x.rows).float().split([len(first), len(asked)])
-        return logits, labels.flatten()[asked], summary
-
-
-def bag_loss(summary: Tensor, ids: Tensor, labels: Tensor) -> Tensor:   # (B, V), (B, T), (B, T)
-    """How well does [CLS] tell the words of its sequence, in whatever order?
-
-        mean over the words of -log softmax(summary)[word]
-
-    A masked LM asks nothing of [CLS], but SimCSE starts from its vector: asked for all words at
-    once, it must gather what the sequence is about. In DupMAE (Xiao et al. 2023) the other tokens
-    tell the bag of words; to ask [CLS] for it is ours.
-    """
-    words = torch.where(labels == -100, ids, labels)[:, 1:-1]     # (B, T - 2), before masking
-    return -summary.log_softmax(dim=1).gather(1, words).mean()
+        x = last(replace(x, rows=x.rows[asked], places=asked), x)
+        return self.head(x.rows).float(), labels.flatten()[asked]
 
 
 def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None) -> MaskedLM:
@@ -236,7 +219,8 @@ def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None)
     shape = EncoderConfig("bert", tokenizer.vocab_size, config.width, config.layers, config.heads,
                           4 * config.width, positions=POSITIONS, pad_id=tokenizer.pad_id)
     encoder = Encoder(replace(shape, dropout=config.dropout, attention_dropout=config.dropout))
-    model = SentenceEncoder(encoder, files=tokenizer_files(tokenizer.json, POSITIONS))
+    files = tokenizer_files(tokenizer.json, POSITIONS)
+    model = SentenceEncoder(encoder, pooling="cls", files=files)
     model.config = shape                  # config.json keeps the dropout that SimCSE needs
     if counted is not None:
         vectors = svd_embeddings(positive_pmi(counted, shape.vocab_size), config.width)   # (V, D)
@@ -245,48 +229,11 @@ def build(config: Config, tokenizer: data.Tokenizer, counted: np.ndarray | None)
     return MaskedLM(model, MaskedLMHead(shape, encoder.words.weight))
 
 
-@dataclass(frozen=True)
-class Together:
-    """Optimizers of different parameters that step and are saved as one."""
-    optimizers: list[torch.optim.Optimizer]
-
-    @property
-    def param_groups(self) -> list[dict]:
-        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict:
-        return {p: kept for optimizer in self.optimizers for p, kept in optimizer.state.items()}
-
-    def step(self) -> None:
-        for optimizer in self.optimizers:
-            optimizer.step()
-
-    def state_dict(self) -> list[dict]:
-        return [optimizer.state_dict() for optimizer in self.optimizers]
-
-    def load_state_dict(self, saved: list[dict]) -> None:
-        for optimizer, its_own in zip(self.optimizers, saved, strict=True):
-            optimizer.load_state_dict(its_own)
-
-
-def make_optimizer(lm: MaskedLM, config: Config) -> Together:
-    """Muon for the matrices of the layers, AdamW for the rest, whose matrices decay.
-
-    The gradient of a matrix mostly points in a few directions, and so does Adam's step. Muon
-    (Jordan et al. 2024) moves all directions by the same amount, so rare things are learned as fast
-    as frequent ones. At the size of Adam's steps it takes the same learning rate (Liu et al. 2025).
-    Word embeddings are no map from vector to vector, so AdamW keeps them.
-    """
-    inside = [p for p in lm.model.encoder.layers.parameters() if p.ndim > 1]
-    muons = set(inside) if config.optimizer == "muon" else set()
-    rest = [p for p in lm.parameters() if p not in muons]
-    groups = [{"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0}]
-    made = [torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)]
-    if muons:
-        made.append(torch.optim.Muon(inside, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
-    return Together(made)
+def make_optimizer(lm: MaskedLM, config: Config) -> torch.optim.AdamW:
+    """AdamW as BERT has it, whose decay spares biases and LayerNorms; the moments are RoBERTa's."""
+    groups = [{"params": [p for p in lm.parameters() if (p.ndim > 1) is decays],
+               "weight_decay": config.weight_decay * decays} for decays in (True, False)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 def schedule(done: float) -> float:
@@ -299,7 +246,7 @@ class Job:
     """What a run trains, and with what."""
     config: Config
     lm: MaskedLM
-    optimizer: Together
+    optimizer: torch.optim.AdamW
     text: Sequences
     held_out: Sequences
     device: torch.device
@@ -310,19 +257,19 @@ def train(job: Job, *, first: int) -> Iterator[tuple[int, Tensor]]:
     config, lm, optimizer = job.config, job.lm, job.optimizer
     bf16 = wants_bf16(config.precision, job.device)
     order = data.batches(len(job.text), config.batch_size, seed=config.seed, epochs=sys.maxsize)
-    batches = (job.text.masked(rows, rate=config.mask_rate, seed=step_seed(config.seed, step))
+    batches = (job.text.masked(rows, rate=config.mask_rate, seed=data.step_seed(config.seed, step))
                for step, rows in enumerate(islice(order, first - 1, config.steps), start=first))
     for step, batch in enumerate(data.ahead(batches), start=first):
-        torch.manual_seed(step_seed(config.seed, step))           # of dropout
+        torch.manual_seed(data.step_seed(config.seed, step))           # of dropout
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * schedule((step - 0.5) / config.steps)
         ids, labels = (x.to(job.device, non_blocking=True) for x in batch)        # (B, T)s
         with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
-            logits, answers, summary = lm.guess(ids, labels)
+            logits, answers = lm.guess(ids, labels)
         loss = F.cross_entropy(logits, answers, reduction="sum") / max(len(answers), 1)
 
         lm.zero_grad()
-        (loss + config.bag_weight * bag_loss(summary, ids, labels)).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), config.clip)
         optimizer.step()
         yield step, loss.detach()
@@ -330,34 +277,22 @@ def train(job: Job, *, first: int) -> Iterator[tuple[int, Tensor]]:
 
 @torch.no_grad()
 def held_out(lm: MaskedLM, text: Sequences) -> dict[str, float]:
-    """Mean cross-entropy, share of tokens guessed right and bag loss on text never trained on.
+    """Mean cross-entropy, and share of tokens guessed right, on text never trained on.
 
     The same 15 % of the same tokens are masked every time; in float32, without dropout.
     """
     lm.eval()
-    total, right, bag, count, most = 0.0, 0, 0.0, 0, min(HELD_OUT, len(text))
+    total, right, count, most = 0.0, 0, 0, min(HELD_OUT, len(text))
     rows = [i * len(text) // most for i in range(most)]           # evenly spaced
     for start in range(0, most, 64):
         batch = text.masked(rows[start : start + 64], rate=HELD_OUT_RATE, seed=start)
         ids, labels = (x.to(lm.head.bias.device) for x in batch)
-        logits, answers, summary = lm.guess(ids, labels)
+        logits, answers = lm.guess(ids, labels)
         total += F.cross_entropy(logits, answers, reduction="sum").item()
         right += (logits.argmax(dim=-1) == answers).sum().item()
-        bag += bag_loss(summary, ids, labels).item() * len(ids) / most
         count += len(answers)
     lm.train()
-    return {"held_out_loss": total / max(count, 1), "held_out_accuracy": right / max(count, 1),
-            "held_out_bag_loss": bag}
-
-
-def check_shape(config: Config) -> None:
-    """Refuse settings whose ranges are right, but that do not work together or here."""
-    if config.width % config.heads:
-        raise ValueError(f"--width: expected a multiple of --heads, {config.heads}, found "
-                         f"{config.width}")
-    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError("--optimizer muon: expected torch 2.9 or newer, found "
-                         f"{torch.__version__}: use --optimizer adamw")
+    return {"held_out_loss": total / max(count, 1), "held_out_accuracy": right / max(count, 1)}
 
 
 def prepare(config: Config, corpus: data.Corpus, device: torch.device, *, resumed: bool) -> Job:
@@ -365,9 +300,10 @@ def prepare(config: Config, corpus: data.Corpus, device: torch.device, *, resume
     if len(corpus.columns) > 1:
         raise ValueError(f"{config.corpus}: expected one column, found {len(corpus.columns)}; "
                          "choose a .txt file")
-    if resumed or config.from_:
-        source = Path(config.out) if resumed else encoder_folder(config.from_)
-        tokenizer = data.Tokenizer.read(source)
+    if config.from_:
+        tokenizer = data.Tokenizer.read(encoder_folder(config.from_))
+    elif resumed:
+        tokenizer = data.Tokenizer((Path(config.out) / "tokenizer.json").read_text("utf-8"))
     else:
         tokenizer = data.Tokenizer(train_tokenizer(corpus.columns[0], config.vocab_size))
     text, other = (Sequences(stream, tokenizer, config.max_tokens)
@@ -465,11 +401,11 @@ Load it with `python mincse.py --encoder FOLDER`. Limits: the biases of its corp
 
 
 def main(argv: list[str] | None = None) -> None:
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="pretrain.py", usage="python -m tools.pretrain [--FLAG VALUE ...]",
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    output = add_flags(top, fields(Config))["output"]
+        argument_default=argparse.SUPPRESS)
+    output = add_flags(top, fields(Config))["output"].add_mutually_exclusive_group()
     for name, text in (("--resume", "go on where the same command was stopped"),
                        ("--overwrite", "replace the run that the folder holds")):
         output.add_argument(name, action="store_true", default=False, help=text)
@@ -478,7 +414,9 @@ def main(argv: list[str] | None = None) -> None:
     config = Config(**given)
     with exits(2):
         check_ranges(config)
-        check_shape(config)
+        if config.width % config.heads:
+            raise ValueError(f"--width: expected a multiple of --heads, {config.heads}, found "
+                             f"{config.width}")
         device, folder = pick_device(config.device), Path(config.out)
     with exits(3):
         corpus = data.read_corpus(config.corpus, Path(config.data) if config.data else None)
@@ -494,4 +432,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program(main))
+    sys.exit(program(main, "--resume"))

@@ -1,0 +1,56 @@
+"""
+Every claim, measured: docs/CLAIMS.md.
+
+    python -m claims                      # 17 pages of a minute
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from claims import Found, find, parse
+from engine.files import write_text
+from engine.flags import pick_device, program
+from engine.run_folder import environment
+from engine.tables import markdown
+
+FOLDER = Path(__file__).parent
+NAMES = sorted(path.stem for path in FOLDER.glob("*.py")
+               if not path.stem.startswith("__") and path.stem != "planted")
+
+
+def overview(found: dict[str, Found]) -> str:
+    """A line for each claim, and how many of them come true."""
+    lines = [[f"[{name}](#{name})", one.page.__doc__.strip().splitlines()[0],
+              one.held, f"{one.seconds:.0f}"] for name, one in found.items()]
+    return markdown([["", "claim", "statements shown", "seconds"], *lines], first=str.ljust)
+
+
+def document(found: dict[str, Found], args) -> str:
+    """The text of docs/CLAIMS.md."""
+    about = environment(pick_device("auto"))
+    whole = sum(one.held == f"{len(one.page.SHOWS)} of {len(one.page.SHOWS)}"
+                for one in found.values())
+    pages = [f"## {name}\n\n`python -m claims.{name}`\n\n{one.text()}"
+             for name, one in found.items()]
+    return "\n\n".join([
+        "# What the papers claim, on planted truth",
+        f"Written by `python -m claims`: encoder {args.encoder}, {len(args.seeds)} seeds, "
+        f"{about['threads']} threads of {about['processor']} ({about['platform']}), torch "
+        f"{about['torch']}. A table has mean ± standard deviation over the seeds. A claim is shown "
+        "where each of its statements, written down before, has p < 0.05 in a paired, two-sided "
+        "t-test over the seeds.",
+        f"{whole} of {len(found)} claims are shown in full.", overview(found), *pages])
+
+
+def main() -> None:
+    args = parse(__doc__)
+    found = {}
+    for name in NAMES:
+        found[name] = find(import_module(f"claims.{name}"), args.seeds, encoder=args.encoder)
+        print(f"{name}: {found[name].seconds:.0f} seconds\n{found[name].findings()}", flush=True)
+    write_text(FOLDER.parent / "docs/CLAIMS.md", document(found, args))
+
+
+if __name__ == "__main__":
+    sys.exit(program(main))

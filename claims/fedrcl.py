@@ -1,0 +1,36 @@
+"""
+FedRCL: contrast keeps clients together and collapses their classes; relaxed, it collapses less.
+
+Source: Seo, Kim, Kim, Han. CVPR 2024, arXiv 2401.04928, sections 3 and 4.
+Planted: clients with unequal shares of eight topics, which are clusters of the built-in corpus.
+After two rounds, on sentences held out.
+"""
+
+from functools import partial
+
+from claims import Rows, Shows, Trial, show
+from engine.flags import Stop
+from mincse import train_on
+
+SHOWS = [Shows("drift", "cross-entropy", "+ contrast"),
+         Shows("same-class cosine", "+ contrast", "cross-entropy"),
+         Shows("same-class cosine", "+ contrast", "+ contrast and penalty")]
+WEIGHTS = {"cross-entropy": (0.0, 0.0), "+ contrast": (1.0, 0.0),
+           "+ contrast and penalty": (1.0, 1.0)}
+
+
+def measure(trial: Trial) -> Rows:
+    texts, rows = trial.sentences(max(800, trial.scaled(1200))), {}
+    for name, (attraction, penalty) in WEIGHTS.items():
+        job = trial.job("fedrcl", texts, clients=4, rounds=2, classes=8, steps=trial.scaled(8),
+                        batch_size=32, max_tokens=16, learning_rate=1e-4, scl_weight=attraction,
+                        penalty_weight=penalty)
+        *_, last = job.method.outer_loop(job, partial(train_on, job, Stop()), first=1)
+        rows[name] = {"drift": last["drift"], "same-class cosine": last["same_class_cosine"],
+                      "other classes": last["between_class_cosine"],
+                      "participation ratio": last["participation_ratio"]}
+    return rows
+
+
+if __name__ == "__main__":
+    show(__name__)
