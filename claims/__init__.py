@@ -5,7 +5,7 @@ Does a paper's mechanism do what the paper says? One page a claim, tried on plan
     python -m claims                      # all of them, and docs/CLAIMS.md
 
 A page says in its docstring what the paper claims and what was planted. Its `measure` makes the
-table of one seed, and `SHOWS` says beforehand which row must exceed which. What a page measures is
+table of one seed, and `SHOWS` says which row must exceed which. What a page measures is
 done by the paper's own page, and trained by `mincse.train` with that paper's defaults.
 """
 

@@ -37,9 +37,10 @@ def document(found: dict[str, Found], args) -> str:
         "# What the papers claim, on planted truth",
         f"Written by `python -m claims`: encoder {args.encoder}, {len(args.seeds)} seeds, "
         f"{about['threads']} threads of {about['processor']} ({about['platform']}), torch "
-        f"{about['torch']}. A table has mean ± standard deviation over the seeds. A claim is shown "
-        "where each of its statements, written down before, has p < 0.05 in a paired, two-sided "
-        "t-test over the seeds.",
+        f"{about['torch']}. A table has mean ± standard deviation over the seeds. A statement is "
+        "shown where p < 0.05 in a paired, two-sided t-test over the seeds. What is planted, and "
+        "some statements, were chosen with a look at the first seed or two, so fresh seeds are the "
+        "better evidence.",
         f"{whole} of {len(found)} claims are shown in full.", overview(found), *pages])
 
 
