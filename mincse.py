@@ -83,7 +83,7 @@ def train(model: SentenceEncoder, method: SimCSE, optimizer: torch.optim.Optimiz
             hidden = pieces(last_layers, ids, mask, places=places)                  # (V·B, T, D)s
             vectors = model.embed(hidden, mask).float()           # (V·B, D)
         out = Encoded(columns=list(vectors.chunk(batch.columns)), step=step, steps=steps, rows=rows,
-                      ids=ids, mask=mask, hidden=hidden, bf16=bf16, pieces=pieces)
+                      ids=ids, mask=mask, places=places, hidden=hidden, bf16=bf16, pieces=pieces)
         loss = method.loss(out)
 
         optimizer.zero_grad()

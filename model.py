@@ -196,7 +196,7 @@ class Encoder(nn.Module):
         # Made here in the precision of products, or every layer would convert it.
         kind = x.device.type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        visible = torch.where(mask, 0.0, -torch.inf).to(precision)[:, None, None, :]
+        visible = mask.to(precision).log()[:, None, None, :]      # log 1 = 0, log 0 = -inf
         return Tokens(rows, places, mask, visible)
 
     def through(self, x: Tokens, *, first_only: bool = False) -> Hidden:

@@ -36,9 +36,10 @@ def measure(trial: Trial) -> Rows:
 @torch.no_grad()
 def detection(method, out, vectors: torch.Tensor) -> dict[str, float]:
     edited = method.edit(out.ids, out.mask, out.step)                               # (2B, T)
-    logits, replaced = method.detect(edited, out.mask, vectors), edited != out.ids
-    shares = hits(logits, replaced, out.mask)
-    return {"loss": detection_loss(logits, replaced, out.mask).item(),
+    logits, replaced = (x[out.mask] for x in (
+        method.detect(edited, out.mask, vectors), edited != out.ids))               # (R, 2), (R,)
+    shares = hits(logits, replaced)
+    return {"loss": detection_loss(logits, replaced).item(),
             **{name: shares[name].item() for name in ("found", "left_alone")}}
 
 

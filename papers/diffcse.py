@@ -33,6 +33,7 @@ from data import Tokenizer
 from engine.encoders import load, load_masked_lm
 from engine.flags import Row, flag
 from engine.hub import encoder_folder
+from model import places_of
 from papers import settings
 from papers.simcse import Encoded, SimCSE, frozen
 
@@ -83,24 +84,27 @@ class DiffCSE(SimCSE):
         if not self.config.rtd_weight:
             return contrast
         with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
-            edited = self.edit(out.ids, out.mask, out.step)                         # (2B, T)
-            [logits] = out.pieces(lambda *block: [self.detect(*block)],             # (2B, T, 2)
-                                  edited, out.mask, torch.cat(out.columns))
-        logits, replaced = logits.to(contrast.dtype), edited != out.ids             # (2B, T)
-        detection = detection_loss(logits, replaced, out.mask)
-        self.terms |= {"rtd_loss": detection.detach(), **hits(logits, replaced, out.mask)}
+            edited = self.edit(out.ids, out.mask, out.step, out.places)             # (2B, T)
+            [logits] = out.pieces(lambda *block, **whole: [self.detect(*block, **whole)],
+                                  edited, out.mask, torch.cat(out.columns), places=out.places)
+        places = places_of(out.mask) if out.places is None else out.places
+        logits, replaced = (x.flatten(0, 1).index_select(0, places)                 # (R, 2), (R,)
+                            for x in (logits.to(contrast.dtype), edited != out.ids))
+        detection = detection_loss(logits, replaced)
+        self.terms |= {"rtd_loss": detection.detach(), **hits(logits, replaced)}
         return contrast + self.config.rtd_weight * detection
 
-    def edit(self, ids: Tensor, mask: Tensor, step: int) -> Tensor:   # (2B, T) x 2 -> (2B, T)
-        """The sentences as the generator restores them, with other tokens masked at each step."""
+    def edit(self, ids: Tensor, mask: Tensor, step: int, places: Tensor | None = None) -> Tensor:
+        """The sentences (2B, T) as the generator restores them, with other masks at each step."""
         # Not the seed of the step: dropout draws from that.
         seed = random.Random(f"{self.config.seed} edit {step}").getrandbits(63)
         masked, _ = self.tokenizer.mask(ids, rate=self.config.rtd_rate, seed=seed)  # (2B, T)
-        return torch.where(self.tokenizer.special(ids), ids, self.guess(masked, mask))
+        return torch.where(self.tokenizer.special(ids), ids, self.guess(masked, mask, places))
 
-    def detect(self, edited: Tensor, mask: Tensor, h: Tensor) -> Tensor:
+    def detect(self, edited: Tensor, mask: Tensor, h: Tensor,
+               places: Tensor | None = None) -> Tensor:
         """Two scores a token: original, replaced.      (2B, T) x 2, (2B, D) -> (2B, T, 2)"""
-        x = self.discriminator.embed(edited, mask)
+        x = self.discriminator.embed(edited, mask, places)
         # The first token is h, after LayerNorm and without a position: h is no word.
         rows = x.rows.index_copy(0, x.starts(), h.to(x.rows.dtype))                 # (R, D)
         return self.detector(self.discriminator.through(replace(x, rows=rows))[-1])
@@ -118,26 +122,25 @@ class Generator(nn.Module):
         model = load(folder)
         self.encoder, self.head = model.encoder, load_masked_lm(folder, model)
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:       # (B, T), (B, T) -> (B, T)
-        """The likeliest word at every real token; padding stays."""
-        x = self.encoder(ids, mask)[-1][mask]                     # (R, D)
+    def forward(self, ids: Tensor, mask: Tensor, places: Tensor | None = None) -> Tensor:
+        """The likeliest word at every real token of (B, T); padding stays."""
+        x = self.encoder(ids, mask, places).states[-1]            # R tokens
         # The scores of all tokens at once would fill half a gigabyte.
-        words = [self.head(rows).argmax(dim=-1) for rows in x.split(1024)]
-        return ids.masked_scatter(mask, torch.cat(words))
+        words = [self.head(rows).argmax(dim=-1) for rows in x.rows.split(1024)]
+        return ids.flatten().index_copy(0, x.places, torch.cat(words)).view_as(ids)
 
 
-def detection_loss(logits: Tensor, replaced: Tensor, mask: Tensor) -> Tensor:
-    """Cross-entropy of the question whether a real token was replaced.  (B, T, 2), (B, T) x 2 -> ()
+def detection_loss(logits: Tensor, replaced: Tensor) -> Tensor:   # (R, 2), (R,) -> ()
+    """Cross-entropy of the question whether a real token was replaced.
 
         loss = mean_t  -log softmax(o_t)[y_t],   y_t = 1 where the token is not the original
     """
     # A mean, as in the authors' code, which λ belongs to; the paper writes a sum.
-    return F.cross_entropy(logits[mask], replaced[mask].long())
+    return F.cross_entropy(logits, replaced.long())
 
 
-def hits(logits: Tensor, replaced: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def hits(logits: Tensor, replaced: Tensor) -> dict[str, Tensor]:  # (R, 2), (R,)
     """The shares of tokens replaced, of these found, and of the others left alone."""
-    changed = replaced[mask].float()                              # (R,)
-    right = (logits.argmax(dim=-1) == replaced)[mask].float()     # (R,)
+    changed, right = replaced.float(), (logits.argmax(dim=-1) == replaced).float()   # (R,)s
     return {"replaced": changed.mean(), "found": (right * changed).sum() / changed.sum(),
             "left_alone": (right * (1 - changed)).sum() / (1 - changed).sum()}

@@ -69,6 +69,7 @@ class Encoded:
     rows: Tensor | None = None        # (B,) row numbers in the corpus
     ids: Tensor | None = None         # (V·B, T) what was encoded, column after column
     mask: Tensor | None = None        # (V·B, T)
+    places: Tensor | None = None      # (R,) where the real tokens are among all V·B·T
     hidden: list[Tensor] | None = None   # `layers_read` x (V·B, T, D); the last may have T = 1
     bf16: bool = False                # the encoder's precision, and that of a method's networks
     pieces: Pieces = Pieces()         # the encoder's pieces, and those of a method's networks
@@ -186,14 +187,17 @@ class SimCSE(nn.Module):
         masked, labels = self.tokenizer.mask(out.ids, rate=self.config.mlm_rate,    # (V·B, T)s
                                              seed=step_seed(self.config.seed, out.step))
 
-        def surprise(ids: Tensor, mask: Tensor, labels: Tensor) -> list[Tensor]:    # -> (V·B, T)
+        def surprise(ids: Tensor, mask: Tensor, labels: Tensor,
+                     places: Tensor | None = None) -> list[Tensor]:                 # -> (V·B, T)
             asked = (labels.flatten() != -100).nonzero()[:, 0]    # (M,) of all V·B·T
-            words = self.lm_head(self.encode_tokens(ids, mask)[-1].flatten(0, 1)[asked]).float()
+            x = self.encode_tokens(ids, mask, places)[-1].flatten(0, 1)             # (V·B·T, D)
+            words = self.lm_head(x.index_select(0, asked)).float()                  # (M, V)
             each = F.cross_entropy(words, labels.flatten()[asked], reduction="none")
             return [each.new_zeros(mask.numel()).index_copy(0, asked, each).view_as(mask)]
 
         with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
-            [wrong] = out.pieces(surprise, masked, out.mask, labels)                # (V·B, T)
+            [wrong] = out.pieces(surprise, masked, out.mask, labels,                # (V·B, T)
+                                 places=out.places)
         return wrong.sum() / (labels != -100).sum().clamp(min=1)  # none masked: 0, not NaN
 
     def logs(self) -> dict[str, float]:

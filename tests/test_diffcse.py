@@ -53,8 +53,8 @@ def test_the_worked_example_of_detection():
     for i, t in torch.cartesian_prod(torch.arange(2), torch.arange(4)):
         only = torch.zeros(2, 4, dtype=torch.bool)
         only[i, t] = True
-        assert detection_loss(LOGITS, REPLACED, only).item() == pytest.approx(each[i][t], abs=1e-6)
-    found = detection_loss(LOGITS, REPLACED, REAL).item()
+        assert detection_loss(LOGITS[only], REPLACED[only]).item() == pytest.approx(each[i][t], abs=1e-6)
+    found = detection_loss(LOGITS[REAL], REPLACED[REAL]).item()
     assert found == pytest.approx((sum(each[0]) + sum(each[1][:3])) / 7)   # padding has no vote
     assert found == pytest.approx(.276482, abs=1e-6)
     assert .1 + .005 * found == pytest.approx(.101382, abs=1e-6)
@@ -62,11 +62,13 @@ def test_the_worked_example_of_detection():
 
 def test_padding_has_no_vote_where_the_official_mean_changes_with_the_padded_width():
     wide = F.pad(LOGITS, (0, 0, 0, 4)), F.pad(REPLACED, (0, 4))
-    official, wider = (detection_loss(x, y, torch.ones_like(y)).item()
+    official, wider = (detection_loss(x.flatten(0, 1), y.flatten()).item()
                        for x, y in ((LOGITS, REPLACED), wide))
     assert official == pytest.approx(.328565, abs=1e-6) and abs(official - wider) > .01
     assert .1 + .005 * official == pytest.approx(.101643, abs=1e-6)
-    assert detection_loss(*wide, F.pad(REAL, (0, 4))) == detection_loss(LOGITS, REPLACED, REAL)
+    found, same = (detection_loss(*(x[F.pad(REAL, (0, extra))] for x in both))
+                   for both, extra in (((LOGITS, REPLACED), 0), (wide, 4)))
+    assert found == same
 
 
 # ---- edits and labels -----------------------------------------------------------------------
@@ -75,7 +77,7 @@ def test_the_worked_example_of_labels_with_special_tokens_restored(diffcse):
     _, method, _ = diffcse()
     (cls, sep), pad = method.tokenizer.whole.encode("").ids, method.tokenizer.pad_id
     ids, mask = torch.tensor([[cls, 105, 106, 107, sep, pad]]), torch.tensor([[True] * 5 + [False]])
-    method.guess = lambda ids, mask: torch.tensor([[999, 105, 108, 107, 112, 103]])
+    method.guess = lambda ids, mask, places: torch.tensor([[999, 105, 108, 107, 112, 103]])
     edited = method.edit(ids, mask, step=1)
     assert edited.tolist() == [[cls, 105, 108, 107, sep, pad]]
     assert ((edited != ids) & mask).int().tolist() == [[0, 0, 1, 0, 0, 0]]
@@ -85,14 +87,14 @@ def test_a_generator_that_restores_all_replaces_nothing_and_one_that_is_off_by_o
     _, method, out = diffcse()
     plain = ~method.tokenizer.special(out.ids)
     for guess, replaced in [(out.ids, torch.zeros_like(plain)), (out.ids + 1, plain)]:
-        method.guess = lambda ids, mask: guess
+        method.guess = lambda ids, mask, places: guess
         assert torch.equal(method.edit(out.ids, out.mask, 1) != out.ids, replaced)
     assert (plain.sum(dim=1) == out.mask.sum(dim=1) - 2).all()    # all but [CLS] and [SEP]
 
 
 def read_by_generator(method, ids, step=1):
     seen = []
-    method.guess = lambda ids, mask: seen.append(ids) or ids
+    method.guess = lambda ids, mask, places: seen.append(ids) or ids
     method.edit(ids, ids != method.tokenizer.pad_id, step)
     return seen[0]
 
@@ -222,7 +224,7 @@ def test_loss_and_gradients_do_not_depend_on_the_padded_width(diffcse):
     found = []
     for width in (8, 16):
         model, method, out = diffcse(rtd_weight=1., dtype=torch.float64, width=width)
-        method.guess = lambda ids, mask: 1000 + torch.arange(ids.shape[1]).expand_as(ids)
+        method.guess = lambda ids, mask, places: 1000 + torch.arange(ids.shape[1]).expand_as(ids)
         loss = method.loss(out)
         found.append({"loss": loss.detach(), **gradients(model, method, loss)})
     torch.testing.assert_close(*found, rtol=0, atol=1e-9)
@@ -230,7 +232,7 @@ def test_loss_and_gradients_do_not_depend_on_the_padded_width(diffcse):
 
 def test_in_bfloat16_the_discriminator_computes_like_the_encoder(diffcse):
     _, method, out = diffcse(rtd_weight=1.)
-    method.guess, seen = lambda ids, mask: ids + 1, []
+    method.guess, seen = lambda ids, mask, places: ids + 1, []
     method.detector.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
     exact, rough = method.loss(out), method.loss(replace(out, bf16=True))
     assert seen == [torch.float32, torch.bfloat16]
