@@ -169,7 +169,7 @@ def load_state(folder: Path, networks: nn.ModuleDict, optimizer: Optimizer) -> S
             raise ValueError("a wrong checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state = State(**saved["state"])
-        networks.load_state_dict(saved.get("networks") or saved["parts"])   # of an older version
+        networks.load_state_dict(saved["networks"])
         optimizer.load_state_dict(saved["optimizer"])
         check_state(state, optimizer)
     except Exception as error:
@@ -177,7 +177,8 @@ def load_state(folder: Path, networks: nn.ModuleDict, optimizer: Optimizer) -> S
             raise MemoryError(f"out of memory while {path} was read, which is left as it is") \
                 from None
         raise ValueError(f"{path}: expected the state of this run, found {str(error)[:80]!r}: "
-                         "start again with --overwrite") from None
+                         "go on with the version of mincse that saved it, or start again with "
+                         "--overwrite") from None
     return state
 
 

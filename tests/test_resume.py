@@ -88,16 +88,29 @@ def test_a_setting_that_changes_the_numbers_is_named(setting, program, stopped, 
     assert re.search(f"was started with {flag} .*, found ", capsys.readouterr().err)
 
 
-def test_a_run_of_an_older_version_goes_on_though_it_had_more_settings(
+def test_a_run_that_had_more_settings_than_there_are_today_goes_on(
         program, stopped, tmp_path):
     whole = program(out="whole", steps=6)
     stopped(3, program, steps=6)
     args = json.loads((tmp_path / "run" / "args.json").read_text())
     args["config"] |= {"clusters": 0, "order": "in-turn", "teacher": ""}
     (tmp_path / "run" / "args.json").write_text(json.dumps(args))
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
-    torch.save({"parts": state.pop("networks")} | state, tmp_path / "run" / "state.pt")
     assert bits(program("--resume", steps=6)) == bits(whole)
+
+
+def test_a_state_of_another_version_is_left_alone_and_named(program, stopped, tmp_path, capsys):
+    """A version in which a tensor had another name or shape."""
+    stopped(3, program, steps=6)
+    path = tmp_path / "run" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    state["networks"]["former"] = state["networks"].popitem()[1]
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit) as refused:
+        program("--resume", steps=6)
+    assert refused.value.code == 3 and path.read_bytes() == before
+    assert "go on with the version of mincse that saved it, or start again" in (
+        capsys.readouterr().err)
 
 
 def test_a_state_for_which_there_is_no_memory_is_not_called_damaged(
