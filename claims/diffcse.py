@@ -20,7 +20,7 @@ SHOWS = [Shows("loss", "another's vector", "own vector"), Shows("loss", "no vect
 
 
 def measure(trial: Trial) -> Rows:
-    job = trial.job("diffcse", trial.sentences(trial.scaled(900)), steps=trial.scaled(50),
+    job = trial.job("diffcse", trial.sentences(trial.scaled(900)), steps=trial.scaled(40),
                     batch_size=16, max_tokens=16, learning_rate=3e-4)
     found = {"own vector": [], "another's vector": [], "no vector": []}
     for step, _, out in steps(job):
