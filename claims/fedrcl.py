@@ -4,6 +4,9 @@ FedRCL: contrast keeps clients together and collapses their classes; relaxed, it
 Source: Seo, Kim, Kim, Han. CVPR 2024, arXiv 2401.04928, sections 3 and 4.
 Planted: clients with unequal shares of eight topics, which are clusters of the built-in corpus.
 After two rounds, on sentences held out.
+
+Why not all: two rounds of so few steps hardly move an encoder, and luck stays. In five rounds, with
+one seed (docs/RESULTS.md), contrast halved the drift and raised the same-class cosine by 0.07.
 """
 
 from functools import partial
