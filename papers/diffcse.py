@@ -83,11 +83,11 @@ class DiffCSE(SimCSE):
         self.terms = {"contrastive_loss": contrast.detach()}
         if not self.config.rtd_weight:
             return contrast
+        places = places_of(out.mask) if out.places is None else out.places          # (R,)
         with torch.autocast(out.ids.device.type, torch.bfloat16, enabled=out.bf16):
-            edited = self.edit(out.ids, out.mask, out.step, out.places)             # (2B, T)
+            edited = self.edit(out.ids, out.mask, out.step, places)                 # (2B, T)
             [logits] = out.pieces(lambda *block, **whole: [self.detect(*block, **whole)],
-                                  edited, out.mask, torch.cat(out.columns), places=out.places)
-        places = places_of(out.mask) if out.places is None else out.places
+                                  edited, out.mask, torch.cat(out.columns), places=places)
         logits, replaced = (x.flatten(0, 1).index_select(0, places)                 # (R, 2), (R,)
                             for x in (logits.to(contrast.dtype), edited != out.ids))
         detection = detection_loss(logits, replaced)

@@ -53,7 +53,8 @@ def test_the_worked_example_of_detection():
     for i, t in torch.cartesian_prod(torch.arange(2), torch.arange(4)):
         only = torch.zeros(2, 4, dtype=torch.bool)
         only[i, t] = True
-        assert detection_loss(LOGITS[only], REPLACED[only]).item() == pytest.approx(each[i][t], abs=1e-6)
+        found = detection_loss(LOGITS[only], REPLACED[only]).item()
+        assert found == pytest.approx(each[i][t], abs=1e-6)
     found = detection_loss(LOGITS[REAL], REPLACED[REAL]).item()
     assert found == pytest.approx((sum(each[0]) + sum(each[1][:3])) / 7)   # padding has no vote
     assert found == pytest.approx(.276482, abs=1e-6)
