@@ -5,8 +5,8 @@ Source: Cha, Cho, Moon. ICML 2024, arXiv 2306.05101, section 4.
 Planted: docstrings first, then others in which every word stands for another, as in a language of
 its own, at a high rate. 100 x MRR of finding the second half of a held-out sentence by the first.
 
-Why not: after 14 steps a corpus, plain training forgets less than seeds differ by. Tried: 30 steps
-(6.6 points, distillation 5.7, PNR 5.3, two seeds), and a third of the rate, with nothing forgotten.
+Why not: plain training forgets no more than seeds differ by, so there is nothing to keep. Tried: 30
+steps a corpus instead of 14 (-1.5 points forgotten, two seeds), and a third of the rate.
 """
 
 from dataclasses import replace

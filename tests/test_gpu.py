@@ -131,7 +131,7 @@ def asked(flags: dict) -> tuple[float, float, float]:
 @every_kind
 def test_a_step_waits_at_most_twice_and_simcse_never_in_950_launches_of_twelve_layers(
         flags, given, deep):
-    """The goal is 900; 36 of these are what the simulation counts for a mask of any kind."""
+    """The goal is 900. The simulation counts 24 conversions of the mask, of whatever kind it is."""
     syncs, launches, of_thread = asked(given(**flags, encoder=deep, precision="bf16", steps=5,
                                              device="cuda"))
     assert of_thread == 0 and syncs <= 2
