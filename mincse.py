@@ -187,6 +187,8 @@ def build(inputs: Inputs, config: Config) -> Job:
         model.head = method.head(model.config.width) if config.head != "none" else None
         model.keep_head = config.head == "keep"
     nn.ModuleList([model, method]).to(inputs.device)
+    if config.compile == "yes":
+        model.encoder.compile(dynamic=True)                       # texts differ in length
     return Job(config, inputs, model, method, make_optimizer(model, method, config),
                count_steps(config, len(inputs.corpus)), wants_bf16(config.precision, inputs.device))
 
@@ -203,11 +205,9 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
     """Train and score one seed; `start` is the score of its untrained encoder, where it is known.
 
     The state is saved before the first step, every ten minutes, after the last step, and when the
-    run is asked to stop. A better model waits in a hidden folder for the next of these moments:
-    state.pt is replaced, which names the step of that model; then the model's files take their
-    places. Each move is atomic, so a run that is killed goes on from a state and a model that
-    belong together, and finds what came after them again, to the bit. results.json comes last and
-    says that the run is finished.
+    run is asked to stop. A better model waits in a hidden folder until state.pt, which names its
+    step, has been replaced; then its files take their places. Each move is atomic, so a killed run
+    goes on from a state and a model that belong together. results.json says that a run is finished.
     """
     with exits(3):
         job, sources = build(inputs, config), run_folder.sources(inputs)

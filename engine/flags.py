@@ -256,6 +256,10 @@ def outcome(main: Callable[[], None], advice: str) -> int:
     except FloatingPointError as error:
         complain(str(error))
     except (MemoryError, RuntimeError) as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            said = " ".join(str(error).partition("\n\n")[0].split())
+            complain(f"--compile yes: torch cannot compile here ({said}): leave it out")
+            return 1
         if not lacks_memory(error):
             raise
         said = str(error).partition("\n")[0]

@@ -59,6 +59,8 @@ class Config(focal.Config):
     threads: int = flag(0, "system", "processor threads; 0: all", least=0)
     micro_batch: int = flag(0, "system", "rows of a column encoded at a time: less memory, "
                             "the same gradient, one more forward pass; 0: all", least=0)
+    compile: str = flag("no", "system", "torch.compile the encoder: minutes at first, then fewer "
+                        "kernels; draws other dropout; needs a C++ compiler", ["no", "yes"])
 
 
 def count_steps(config: Config, rows: int) -> int:

@@ -52,6 +52,13 @@ def test_without_dropout_the_losses_are_the_processors(flags, given):
     assert gpu == pytest.approx(cpu, rel=1e-4)
 
 
+@real
+def test_compiled_it_has_the_same_losses_without_dropout(given):
+    plain, compiled = (losses(given(**PLAIN, compile=asked, device="cuda"))
+                       for asked in ("no", "yes"))
+    assert compiled == pytest.approx(plain, rel=1e-4)
+
+
 @every_kind
 def test_bfloat16_is_close(flags, given):
     exact, rough = (losses(given(**flags, **PLAIN | {"precision": precision}, device="cuda"))

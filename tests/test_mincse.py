@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 
 import data
 import mincse
+from conftest import ready
 from engine import rehearsal, results
 from engine.encoders import load
+from engine.flags import outcome
 from eval_sts import StsTest
 from losses import info_nce
 from model import Head
@@ -114,6 +117,27 @@ def test_training_a_tiny_encoder_lowers_the_loss(tiny, sentences):
     model.pooling = "mean"                                        # random [CLS] vectors collapse
     losses = [loss.item() for _, loss, _ in steps_of(config, tokenizer, model, method, steps=40)]
     assert sum(losses[-5:]) < .5 * sum(losses[:5])
+
+
+def test_a_compiled_encoder_has_the_same_losses_but_for_dropout(given, monkeypatch):
+    """A compiler that hands back what it gets stands in: a real one takes a minute."""
+    graphs = []
+
+    def as_it_is(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=as_it_is))
+    plain, compiled = ([loss.item() for _, loss, _ in ready(given(dropout=0., compile=asked))[1]]
+                       for asked in ("no", "yes"))
+    assert graphs and compiled == plain
+
+
+def test_without_a_compiler_compile_says_so(program, monkeypatch, capsys):
+    def missing(graph, inputs):
+        raise RuntimeError("No working C++ compiler found")
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=missing))
+    assert outcome(partial(program, compile="yes"), "") == 1
+    assert re.search("--compile yes: .*No working C.*: leave it out", capsys.readouterr().err)
 
 
 # ---- a run and its folder -------------------------------------------------------------------

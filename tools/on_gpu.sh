@@ -33,3 +33,6 @@ fi
 flags="--encoder $encoder --corpus wiki1m --test stsb --device cuda $data"
 python mincse.py $flags --dry-run
 time python mincse.py $flags --out runs/gpu/epoch --overwrite
+
+echo "== the same with --compile yes"
+time python mincse.py $flags --compile yes --out runs/gpu/compiled --overwrite
