@@ -2,6 +2,7 @@
 Does a paper's mechanism do what the paper says? One page a claim, tried on planted truth.
 
     python -m claims.ifnd                 # a minute or two: the claim, what was planted, a table
+    python -m claims.simcse --figure FILE # the same with a picture, where a page has `curves`
     python -m claims                      # all of them, and docs/CLAIMS.md
 
 A page says in its docstring what the paper claims and what was planted. Its `measure` makes the
@@ -20,6 +21,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 from types import ModuleType
@@ -30,7 +32,7 @@ from torch import Tensor
 
 from data import Corpus
 from engine.docs import doc_sentences
-from engine.flags import Parser, exits, pick_device, program, seed_list
+from engine.flags import Parser, complain, exits, pick_device, program, seed_list
 from engine.hub import encoder_folder
 from engine.tables import markdown
 from eval_sts import Encode, Result, open_encoder
@@ -51,6 +53,13 @@ class Shows(NamedTuple):
     column: str
     more: str
     less: str
+
+
+class Curves(NamedTuple):
+    """A picture: points (x, y) by the name of their curve."""
+    x: str
+    y: str
+    points: dict[str, list[tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -176,14 +185,30 @@ def find(page: ModuleType, seeds: Sequence[int], *, size: float = 1.0, encoder: 
     return Found(page, tables, process_time() - start)
 
 
+def draw(curves: Curves, path: Path) -> None:
+    if find_spec("matplotlib") is None:
+        return complain(f"NOTICE: no {path.name} without matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.points.items():
+        axes.plot(*zip(*points), marker="o", markersize=4, label=name)
+    axes.set(xlabel=curves.x, ylabel=curves.y)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
 # ---- the program ----------------------------------------------------------------------------
 
-def parse(description: str) -> argparse.Namespace:
+def parse(description: str, *, figure: bool = False) -> argparse.Namespace:
     parser = Parser(description=description,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if figure:
+        parser.add_argument("--figure", metavar="FILE", help="draw the first seed's curves (.png, "
+                            ".svg or .pdf; needs matplotlib)")
     parser.add_argument("--encoder", default="mini", help="mini, a folder, or a Hub id [mini]")
-    parser.add_argument("--seeds", type=seed_list, default=[*range(2, 5)], metavar="A-B",
-                        help="seeds of the measurements, two or more [2-4]")
+    parser.add_argument("--seeds", type=seed_list, default=[*range(5, 8)], metavar="A-B",
+                        help="seeds of the measurements, two or more [5-7]")
     args = parser.parse_args()
     if len(args.seeds) < 2:
         parser.error(f"--seeds: expected two or more, found {args.seeds[0]} alone")
@@ -195,9 +220,12 @@ def show(name: str) -> None:
     page = sys.modules[name]
 
     def main() -> None:
-        args = parse(page.__doc__)
+        args = parse(page.__doc__, figure=hasattr(page, "curves"))
         with exits(3):
             Path(encoder_folder(args.encoder))
+        if vars(args).get("figure"):
+            with exits(2):
+                draw(page.curves(Trial(args.seeds[0], encoder=args.encoder)), Path(args.figure))
         found = find(page, args.seeds, encoder=args.encoder)
         print(found.text(), f"{found.seconds:.0f} seconds of a core", sep="\n")
     sys.exit(program(main))

@@ -8,13 +8,14 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from claims import Found, find, parse
+from claims import Found, Trial, draw, find, parse
 from engine.files import write_text
 from engine.flags import pick_device, program
 from engine.run_folder import environment
 from engine.tables import markdown
 
 FOLDER = Path(__file__).parent
+PICTURES = FOLDER.parent / "docs/claims"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py")
                if not path.stem.startswith("__") and path.stem != "planted")
 
@@ -33,6 +34,7 @@ def document(found: dict[str, Found], args) -> str:
     whole = sum(one.held == f"{len(one.page.SHOWS)} of {len(one.page.SHOWS)}"
                 for one in found.values())
     pages = [f"## {name}\n\n`python -m claims.{name}`\n\n{one.text()}"
+             + (f"\n![{name}](claims/{name}.png)\n" if hasattr(one.page, "curves") else "")
              for name, one in found.items()]
     return "\n\n".join([
         "# What the papers claim, on planted truth",
@@ -47,10 +49,13 @@ def document(found: dict[str, Found], args) -> str:
 def main() -> None:
     args = parse(__doc__)
     found = {}
+    PICTURES.mkdir(exist_ok=True)
     for name in NAMES:
         found[name] = find(import_module(f"claims.{name}"), args.seeds, encoder=args.encoder)
         print(f"{name}: {found[name].seconds:.0f} seconds of a core", found[name].findings(),
               sep="\n", flush=True)
+        if curves := getattr(found[name].page, "curves", None):
+            draw(curves(Trial(args.seeds[0], encoder=args.encoder)), PICTURES / f"{name}.png")
     write_text(FOLDER.parent / "docs/CLAIMS.md", document(found, args))
 
 

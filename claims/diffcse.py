@@ -24,18 +24,18 @@ def measure(trial: Trial) -> Rows:
                     batch_size=16, max_tokens=16, learning_rate=3e-4)
     found = {"own vector": [], "another's vector": [], "no vector": []}
     for step, _, out in steps(job):
-        own = torch.cat(out.columns).detach()                     # (2B, D)
-        given = zip(found.values(), (own, own.roll(1, dims=0), torch.zeros_like(own)))
-        for each, vectors in given if step > job.steps - 10 else ():
-            each.append(detection(job.method, out, vectors))
+        if step > job.steps - 10:
+            own = torch.cat(out.columns).detach()                 # (2B, D)
+            edited = job.method.edit(out.ids, out.mask, out.step)                   # (2B, T)
+            for each, vectors in zip(found.values(), (own, own.roll(1, dims=0), 0 * own)):
+                each.append(detection(job.method, out, edited, vectors))
     return {name: {column: fmean(each[column] for each in batches) for column in batches[0]}
             for name, batches in found.items()
             } | {"perfect": {"loss": 0, "found": 1, "left_alone": 1}}
 
 
 @torch.no_grad()
-def detection(method, out, vectors: torch.Tensor) -> dict[str, float]:
-    edited = method.edit(out.ids, out.mask, out.step)                               # (2B, T)
+def detection(method, out, edited: torch.Tensor, vectors: torch.Tensor) -> dict[str, float]:
     logits, replaced = (x[out.mask] for x in (
         method.detect(edited, out.mask, vectors), edited != out.ids))               # (R, 2), (R,)
     shares = hits(logits, replaced)

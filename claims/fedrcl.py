@@ -23,7 +23,7 @@ WEIGHTS = {"cross-entropy": (0.0, 0.0), "+ contrast": (1.0, 0.0),
 
 
 def measure(trial: Trial) -> Rows:
-    texts, rows = trial.sentences(max(800, trial.scaled(1200))), {}
+    texts, rows = trial.sentences(max(800, trial.scaled(1000))), {}
     for name, (attraction, penalty) in WEIGHTS.items():
         job = trial.job("fedrcl", texts, clients=4, rounds=2, classes=8, steps=trial.scaled(8),
                         batch_size=32, max_tokens=16, learning_rate=1e-4, scl_weight=attraction,

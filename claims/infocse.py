@@ -29,14 +29,14 @@ SIZE = 12                             # sentences of a document
 
 def measure(trial: Trial) -> Rows:
     texts, group = [], []
-    twins = trial.rng.sample(doc_twins(), 240)
+    twins = trial.rng.sample(doc_twins(), 216)
     for first in range(0, len(twins), SIZE // 2):
         document = [(text, number) for number, (_, *both) in enumerate(
             twins[first : first + SIZE // 2], start=first) for text in both]
         random.Random(first).shuffle(document)
         texts += [text for text, _ in document]
         group += [number for _, number in document]
-    settings = dict(steps=trial.scaled(20), batch_size=32, learning_rate=1e-4, max_tokens=32,
+    settings = dict(steps=trial.scaled(18), batch_size=32, learning_rate=1e-4, max_tokens=32,
                     documents=[row // SIZE for row in range(len(texts))])
     encoders = {"before": trial.encode, "SimCSE": trial.trained("simcse", texts, **settings).encode}
     for name, annotator in (("frozen annotator", "frozen"), ("InfoCSE", "current")):

@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 
-from claims import Found, Shows, Trial, find, p_value
+from claims import Found, Shows, Trial, draw, find, p_value
 from claims.__main__ import NAMES
 from claims.planted import meanings, opposite, pair_scores, say
 from conftest import ROOT
@@ -41,6 +41,16 @@ def test_what_was_shown_points_the_same_way_at_a_smaller_size(name):
     found = find(import_module(f"claims.{name}"), [0], size=.3)
     for statement in shown(name):
         assert mean(found.differences(statement)) > 0, f"{statement}\n{found.table()}"
+
+
+def test_the_picture_of_focal_crosses_from_the_far_negatives_to_the_close_ones(tmp_path):
+    pytest.importorskip("matplotlib")
+    found = import_module("claims.focal").curves(Trial(0))
+    (_, far), *_, (_, near) = found.points["info-nce"]
+    (_, focal_far), *_, (_, focal_near) = found.points["focal"]
+    assert focal_far < far and focal_near > near
+    draw(found, tmp_path / "focal.png")
+    assert (tmp_path / "focal.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_p_is_that_of_a_paired_t_test():

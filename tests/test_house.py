@@ -25,6 +25,7 @@ PAGES = ["simcse", "focal", "is_cse", "sscl", "cards", "kdmcse", "diffcse", "twi
 # Names that stand in two modules, each with the reason why one reader never meets both.
 TWICE = {"main", "parse",             # every program has its own
          "measure",                   # every claim has its own, and sparsecse
+         "curves",                    # so has every claim with a picture
          "Config",                    # every page has its own, and pre-training
          "mean",                      # of tokens in model.py, of numbers in eval_sts.py
          # tools/pretrain.py goes the way of mincse.py, step by step, with another loss.
@@ -50,9 +51,9 @@ def test_the_whole_product_and_its_tests_stay_short():
     for path, text in sources().items():
         count[path.split("/")[0] if "/" in path else "top"] += length(text)
     assert count["top"] + count["papers"] <= 4550
-    assert all(length(text) <= 60 for path, text in sources().items() if path.startswith("claims/")
+    assert all(length(text) <= 67 for path, text in sources().items() if path.startswith("claims/")
                and path not in ("claims/__init__.py", "claims/planted.py"))
-    assert count["engine"] <= 2800 and count["tools"] <= 1600 and count["claims"] <= 1160, count
+    assert count["engine"] <= 2800 and count["tools"] <= 1600 and count["claims"] <= 1230, count
     assert sum(length(path.read_text()) for path in (ROOT / "tests").glob("*.py")) <= 11300
 
 
