@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from claims import Found, Trial, draw, find, parse
+from claims import CHANCE, Found, Trial, draw, find, parse
 from engine.files import write_text
 from engine.flags import pick_device, program
 from engine.run_folder import environment
@@ -33,6 +33,7 @@ def document(found: dict[str, Found], args) -> str:
     about = environment(pick_device("auto"))
     whole = sum(one.held == f"{len(one.page.SHOWS)} of {len(one.page.SHOWS)}"
                 for one in found.values())
+    said = sum(len(one.page.SHOWS) for one in found.values())
     pages = [f"## {name}\n\n`python -m claims.{name}`\n\n{one.text()}"
              + (f"\n![{name}](claims/{name}.png)\n" if hasattr(one.page, "curves") else "")
              for name, one in found.items()]
@@ -43,7 +44,8 @@ def document(found: dict[str, Found], args) -> str:
         f"{about['threads']}, torch {about['torch']}. Mean ± standard deviation over seeds; shown "
         "is a difference of the claimed sign with p < 0.05 in a paired, two-sided t-test over "
         "them. Seeds 0 to 4 were seen while the pages were written: others are fresher evidence.",
-        f"{whole} of {len(found)} claims are shown in full.", overview(found), *pages])
+        f"{whole} of {len(found)} claims are shown in full. Of {said} statements, "
+        f"{said * CHANCE / 2:.0f} would be shown by luck alone.", overview(found), *pages])
 
 
 def main() -> None:
