@@ -6,6 +6,7 @@ Planted: 200 meanings of a small grammar, each in two wordings, to be found by e
 training on other text, the built-in corpus. Without dropout a text and its positive have the same
 vector, so that only the negatives teach.
 Tried as well: the 244 doc twins after 45 steps. With dropout 30 % are found, without it 32 %.
+With six seeds (5 to 10) all three are shown: 46 % found against 35 %, p = 0.006 (alignment 0.006).
 """
 
 from claims import Curves, Rows, Shows, Trial, show, steps
