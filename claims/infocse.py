@@ -36,7 +36,7 @@ def measure(trial: Trial) -> Rows:
         random.Random(first).shuffle(document)
         texts += [text for text, _ in document]
         group += [number for _, number in document]
-    settings = dict(steps=trial.scaled(18), batch_size=32, learning_rate=1e-4, max_tokens=32,
+    settings = dict(steps=trial.scaled(12), batch_size=32, learning_rate=1e-4, max_tokens=32,
                     documents=[row // SIZE for row in range(len(texts))])
     encoders = {"before": trial.encode, "SimCSE": trial.trained("simcse", texts, **settings).encode}
     for name, annotator in (("frozen annotator", "frozen"), ("InfoCSE", "current")):

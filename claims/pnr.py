@@ -6,7 +6,7 @@ Planted: docstrings first, then others in which every word stands for another, a
 its own, at a high rate. 100 x MRR of finding the second half of a held-out sentence by the first.
 
 Why not: plain training forgets no more than seeds differ by, so there is nothing to keep. Tried: 30
-steps a corpus instead of 14 (-1.5 points forgotten, two seeds), and a third of the rate.
+steps a corpus instead of 11 (-1.5 points forgotten, two seeds), and a third of the rate.
 """
 
 from dataclasses import replace
@@ -30,7 +30,7 @@ def measure(trial: Trial) -> Rows:
     other = dict(zip(words, trial.rng.sample(words, len(words))))
     new = [" ".join(other[word] for word in text.split()) for text in texts[count:]]
     for name, (pseudo, distillation) in WEIGHTS.items():
-        job = trial.job("pnr", texts[:count], later=new, steps=trial.scaled(14), batch_size=24,
+        job = trial.job("pnr", texts[:count], later=new, steps=trial.scaled(11), batch_size=24,
                         max_tokens=16, learning_rate=3e-3, pseudo_weight=pseudo,
                         distillation_weight=distillation)
         job = replace(job, inputs=replace(job.inputs, test=halves(new[:2])))        # of no interest

@@ -28,7 +28,7 @@ SHOWS = [Shows("distance", "without the twins loss", "with it"),
 
 def measure(trial: Trial) -> Rows:
     texts, rows = trial.sentences(trial.scaled(320)), {}
-    settings = dict(steps=trial.scaled(20), batch_size=32, max_tokens=16, learning_rate=3e-4)
+    settings = dict(steps=trial.scaled(11), batch_size=32, max_tokens=16, learning_rate=3e-4)
     teacher = trial.trained("simcse", texts, **settings)
     with tempfile.TemporaryDirectory() as folder:
         save(teacher.model, folder)
