@@ -97,7 +97,7 @@ class Trial:
         model, tokenizer = open_encoder(folder, pooling="cls")
         corpora = [Corpus("planted", list(columns), documents, f"planted {self.seed}", blank=0)]
         corpora += [Corpus("later", [later], None, f"later {self.seed}", blank=0)] if later else []
-        given = {"method": method, "encoder": self.encoder, "seed": self.seed,
+        given = {"method": method, "encoder": self.encoder, "seed": self.seed, "precision": "fp32",
                  "corpus": [corpus.name for corpus in corpora]} | given
         config = resolve(METHODS[method], given, model.config, columns=len(columns))
         check(config, corpora, model.config)

@@ -25,9 +25,9 @@ WEIGHTS = {"cross-entropy": (0.0, 0.0), "+ contrast": (1.0, 0.0),
 def measure(trial: Trial) -> Rows:
     texts, rows = trial.sentences(max(800, trial.scaled(1000))), {}
     for name, (attraction, penalty) in WEIGHTS.items():
-        job = trial.job("fedrcl", texts, clients=4, rounds=2, classes=8, steps=trial.scaled(5),
-                        batch_size=32, max_tokens=16, learning_rate=1e-4, scl_weight=attraction,
-                        penalty_weight=penalty)
+        job = trial.job("fedrcl", texts, clients=4, rounds=2, classes=8, batch_size=32,
+                        steps=max(4, trial.scaled(5)), max_tokens=16, learning_rate=1e-4,
+                        scl_weight=attraction, penalty_weight=penalty)
         *_, last = job.method.outer_loop(job, partial(train_on, job, Stop()), first=1)
         rows[name] = {"drift": 100 * last["drift"], "same class": 100 * last["same_class_cosine"],
                       "other classes": 100 * last["between_class_cosine"],
