@@ -21,7 +21,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from time import process_time
 from types import ModuleType
@@ -31,8 +30,9 @@ from scipy.stats import ttest_1samp
 from torch import Tensor
 
 from data import Corpus
+from engine.changes import can_draw
 from engine.docs import doc_sentences
-from engine.flags import Parser, complain, exits, pick_device, program, seed_list
+from engine.flags import Parser, exits, pick_device, program, seed_list
 from engine.hub import encoder_folder
 from engine.tables import markdown
 from eval_sts import Encode, Result, open_encoder
@@ -185,10 +185,12 @@ def find(page: ModuleType, seeds: Sequence[int], *, size: float = 1.0, encoder: 
     return Found(page, tables, process_time() - start)
 
 
-def draw(curves: Curves, path: Path) -> None:
-    if find_spec("matplotlib") is None:
-        return complain(f"NOTICE: no {path.name} without matplotlib: pip install matplotlib")
+def draw(page: ModuleType, trial: Trial, path: Path) -> None:
+    """Save the curves of a page as a picture."""
+    if not can_draw(path.name):
+        return
     from matplotlib.figure import Figure
+    curves = page.curves(trial)
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, points in curves.points.items():
@@ -201,8 +203,8 @@ def draw(curves: Curves, path: Path) -> None:
 # ---- the program ----------------------------------------------------------------------------
 
 def parse(description: str, *, figure: bool = False) -> argparse.Namespace:
-    parser = Parser(description=description,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.set_defaults(figure=None)
     if figure:
         parser.add_argument("--figure", metavar="FILE", help="draw the first seed's curves (.png, "
                             ".svg or .pdf; needs matplotlib)")
@@ -223,9 +225,9 @@ def show(name: str) -> None:
         args = parse(page.__doc__, figure=hasattr(page, "curves"))
         with exits(3):
             Path(encoder_folder(args.encoder))
-        if vars(args).get("figure"):
+        if args.figure:
             with exits(2):
-                draw(page.curves(Trial(args.seeds[0], encoder=args.encoder)), Path(args.figure))
+                draw(page, Trial(args.seeds[0], encoder=args.encoder), Path(args.figure))
         found = find(page, args.seeds, encoder=args.encoder)
         print(found.text(), f"{found.seconds:.0f} seconds of a core", sep="\n")
     sys.exit(program(main))

@@ -51,13 +51,13 @@ def document(found: dict[str, Found], args) -> str:
 def main() -> None:
     args = parse(__doc__)
     found = {}
-    PICTURES.mkdir(exist_ok=True)
     for name in NAMES:
-        found[name] = find(import_module(f"claims.{name}"), args.seeds, encoder=args.encoder)
+        page = import_module(f"claims.{name}")
+        found[name] = find(page, args.seeds, encoder=args.encoder)
         print(f"{name}: {found[name].seconds:.0f} seconds of a core", found[name].findings(),
               sep="\n", flush=True)
-        if curves := getattr(found[name].page, "curves", None):
-            draw(curves(Trial(args.seeds[0], encoder=args.encoder)), PICTURES / f"{name}.png")
+        if hasattr(page, "curves"):
+            draw(page, Trial(args.seeds[0], encoder=args.encoder), PICTURES / f"{name}.png")
     write_text(FOLDER.parent / "docs/CLAIMS.md", document(found, args))
 
 

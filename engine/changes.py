@@ -81,12 +81,20 @@ def path_of(lines: list[dict]) -> list[dict[str, float]]:
             if all(math.isfinite(row.get(name, math.nan)) for name in ("alignment", "uniformity"))]
 
 
+def can_draw(what: str) -> bool:
+    """Is matplotlib at hand? If not, the user is told what will be missing."""
+    found = find_spec("matplotlib") is not None
+    if not found:
+        complain(f"NOTICE: no {what} without matplotlib: pip install matplotlib")
+    return found
+
+
 def draw_path(folder: Path, title: str, lines: list[dict], results: dict) -> None:
     """geometry.png: alignment against uniformity over the steps, as in SimCSE's figure 2."""
     if len(way := path_of(lines)) < 2:
         return None
-    if find_spec("matplotlib") is None:
-        return complain("NOTICE: no geometry.png without matplotlib: pip install matplotlib")
+    if not can_draw("geometry.png"):
+        return None
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure

@@ -256,15 +256,15 @@ def outcome(main: Callable[[], None], advice: str) -> int:
     except FloatingPointError as error:
         complain(str(error))
     except (MemoryError, RuntimeError) as error:
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            said = " ".join(str(error).partition("\n\n")[0].split())
-            complain(f"--compile yes: torch cannot compile here ({said}): leave it out")
-            return 1
-        if not lacks_memory(error):
-            raise
         said = str(error).partition("\n")[0]
-        complain(said if said.startswith("out of memory") else
-                 f"out of memory ({said[:80]}); what was saved before stands{advice}")
+        if lacks_memory(error):
+            complain(said if said.startswith("out of memory") else
+                     f"out of memory ({said[:80]}); what was saved before stands{advice}")
+        elif type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            said = " ".join(str(error).partition("\n\n")[0].split())    # the reason comes second
+            complain(f"--compile yes: torch cannot compile here ({said}): leave it out")
+        else:
+            raise
     else:
         return 0
     return 1

@@ -47,11 +47,12 @@ def test_a_page_measures_and_what_was_shown_points_the_same_way_at_a_smaller_siz
 
 def test_the_picture_of_focal_crosses_from_the_far_negatives_to_the_close_ones(tmp_path):
     pytest.importorskip("matplotlib")
-    found = import_module("claims.focal").curves(Trial(0))
+    page = import_module("claims.focal")
+    found = page.curves(Trial(0))
     (_, far), *_, (_, near) = found.points["info-nce"]
     (_, focal_far), *_, (_, focal_near) = found.points["focal"]
     assert focal_far < far and focal_near > near
-    draw(found, tmp_path / "focal.png")
+    draw(page, Trial(0), tmp_path / "focal.png")
     assert (tmp_path / "focal.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -149,7 +149,8 @@ def test_any_tsv_of_pairs_is_a_test_and_an_unknown_name_is_answered_with_the_men
     path.write_text("".join(f"{left}\t{right}\t{score}\n" for left, right, score in PAIRS))
     result = read_test(str(path)).score(letters)
     assert result.scores["mine"] == pytest.approx(100) and "mine" in result.geometry
-    with pytest.raises(ValueError, match="docs, stsb or sts, or a .tsv, .csv or .jsonl file, found 'sst'"):
+    with pytest.raises(
+            ValueError, match="docs, stsb or sts, or a .tsv, .csv or .jsonl file, found 'sst'"):
         read_test("sst")
 
 

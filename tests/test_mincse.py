@@ -359,7 +359,8 @@ def typed(monkeypatch, capsys):
     (["--seeds", "0,one"], 2, "expected seeds such as 0-4 or 0,1,2, found '0,one'"),
     (["--steps", "0"], 2, "--steps: expected 1 or more, found 0"),
     (["--resume", "--overwrite"], 2, "--overwrite: not allowed with argument --resume"),
-    (["--test", "sst"], 3, "a test called docs, stsb or sts, or a .tsv, .csv or .jsonl file, found 'sst'"),
+    (["--test", "sst"], 3,
+     "a test called docs, stsb or sts, or a .tsv, .csv or .jsonl file, found 'sst'"),
     (["--mlm-weight", "0.1"], 3, "expected a masked-LM head"),
 ])
 def test_a_wrong_use_gets_one_sentence_and_its_exit_code(

@@ -177,8 +177,8 @@ def test_the_tables_of_the_page_are_made_from_the_records_in_results(folders):
 
 
 @pytest.mark.parametrize("folder, pages", [
-    ("stand-in/simcse", ["README.md", "mini/README.md"]), ("wiki1m/simcse-1500", ["mini/README.md"]),
-    ("combination/nli", ["docs/RESULTS.md"])])
+    ("stand-in/simcse", ["README.md", "mini/README.md"]),
+    ("wiki1m/simcse-1500", ["mini/README.md"]), ("combination/nli", ["docs/RESULTS.md"])])
 def test_averages_that_are_told_in_a_sentence_are_those_of_the_records(folder, pages):
     group, = report.groups_of(report.find_runs([ROOT / "results" / folder]))
     average = report.spread(list(group.averages.values()))

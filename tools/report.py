@@ -25,7 +25,6 @@ import statistics
 import sys
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from scipy.stats import rankdata, t
 from tqdm import tqdm
 
+from engine.changes import can_draw
 from engine.files import write_text
 from engine.flags import Parser, complain, count, exits, pick_device, program
 from engine.hub import encoder_folder
@@ -378,8 +378,8 @@ def draw_pretraining(axes, curves: dict[str, list[tuple[float, float]]]) -> None
 
 def save_figures(groups: list[Group], curves: dict, folder: Path) -> None:
     """NAME.png of every figure that the runs have data for."""
-    if find_spec("matplotlib") is None:
-        return complain("no figures without matplotlib: pip install matplotlib")
+    if not can_draw("figures"):
+        return
     from matplotlib.figure import Figure
     scored = [group for group in groups if any("dev" in row for row in group.runs[0].metrics)]
     measured = [group for group in groups if MEASURED in group.runs[0].results["geometry"]]
