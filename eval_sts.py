@@ -7,8 +7,8 @@ How good is an encoder? Semantic textual similarity, and the shape of the embedd
 Evaluation knows one thing about a model: `encode`, N sentences -> (N, D). `read_test` makes a test
 of a name: `sts` (STS12-16, STS-B, SICK-R), `stsb`, `docs` (the built-in doc twins), or a file.
 
-Scores are 100 x Spearman's ρ of cosines with human scores. Two conventions share that name: "all"
-ranks every pair of a task together, "mean" averages over its subsets. SimCSE's tables are "all".
+Scores are 100 x Spearman's ρ of cosines with human scores. A task with several subsets
+has two: "all" ranks its pairs together, "mean" averages over subsets. SimCSE and we report "all".
 """
 
 if __name__ == "__main__":

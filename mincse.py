@@ -207,7 +207,7 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
     The state is saved before the first step, every ten minutes, after the last step, and when the
     run is asked to stop. A better model waits in a hidden folder until state.pt, which names its
     step, is replaced; then its files take their places. Each move is atomic: a killed run goes on
-    from a state and a model that belong together, to the bit. results.json, the last, ends a run.
+    from a state and a model that belong together, on a processor to the bit. Last is results.json.
     """
     with exits(3):
         job, sources = build(inputs, config), run_folder.sources(inputs)

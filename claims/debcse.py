@@ -39,7 +39,7 @@ def measure(trial: Trial) -> Rows:
     vectors = vectors + 0.03 * torch.randn(vectors.shape, generator=drawn)
     corpus, words = Corpus("planted", [texts], None, "", blank=0), word_numbers(every, most=16)
     return {name: draws(corpus, vectors, words, label, Config(propensity_bins=bins, epochs=10,
-                                                              seed=trial.seed, twin_rate=0.0))
+                                                              seed=trial.seed, own_rate=0.0))
             for name, bins in (("1 bin: no correction", 1), ("10 bins", 10))
             } | {"perfect": {"same meaning": 1}}
 

@@ -7,8 +7,8 @@ How does a dataclass become a command line? Flags with their ranges, exit codes,
     Parser                               answers an unknown flag with the one that was meant
     exits(code), program(main)           what can go wrong, as one sentence and an exit code
 
-Exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 130 interrupted;
-141 nobody reads the output any more, as with `| head`.
+Exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 130 interrupted
+(143 by SIGTERM); 141 nobody reads the output any more, as with `| head`.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """
-How is a batch computed that is too large for one pass? Piece by piece, with the same gradient.
+How is a batch computed that is too large for one pass? Piece by piece, with the same gradient
+but for dropout, whose masks a piece draws for itself.
 
 A contrastive loss compares all rows of a batch, so the batch cannot become several smaller ones.
 But only the encoder needs much memory, and it looks at one row at a time: it takes some rows of
@@ -32,7 +33,7 @@ class Pieces:
                  ) -> list[Tensor]:
         """f(*block, **whole), for an f that makes (V·B, ...) of (V·B, ...) row by row.
 
-        What is known of the whole block spares f some work, and a piece goes without.
+        `whole` is what was computed for the whole block to spare f work; a piece goes without.
         """
         columns = [x.unflatten(0, (self.columns, -1)) for x in block]               # (V, B, ...)s
         rows = columns[0].shape[1]

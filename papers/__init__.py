@@ -161,7 +161,7 @@ flags of a paper: python mincse.py --method NAME --help, for NAME in
   {}
 
 exit codes: 0 fine; 1 run-time failure; 2 usage; 3 data missing or damaged; 4 trained and saved,
-but the final evaluation failed; 130 interrupted, state saved; 141 nobody reads the output
+but the final evaluation failed; 130 interrupted (143: SIGTERM), saved; 141 nobody reads the output
 """
 
 

@@ -1,17 +1,17 @@
 """
 CARDS: each sentence learns to differ from the sentences of the corpus that look most like it.
 
-Unlike SimCSE: the positive may begin some words in the other case, and sentences from the whole
-corpus join the batch as negatives.
-    prepare   the K nearest of every sentence, for the encoder as it was given and mean pooling
+Unlike SimCSE: words of the positive may have the case of their first letter switched, and sentences
+from the whole corpus join the batch as negatives.
+    prepare   the K nearest of every sentence, once, for the untrained encoder and mean pooling
     views     the sentence, its positive, and s of its K nearest, drawn anew at every step
     loss      InfoNCE of the anchors among all positives and all that the batch retrieved
 
 Wang, Ge, Zhang, Yang: SIGIR 2022, arXiv 2206.02457. In the authors' code K counts the sentence
-itself (65 and 9), positives are made of decoded tokens, the anchor is known among the retrieved by
-its row number (here by its tokens), and the search can be repeated. Ours: texts that differ by case
-and white space only are one text. A step costs 1 + s/2 of SimCSE's, and the search an encoding of
-the corpus and 2·N²·D operations.
+itself (65 and 9). Their positives are made of decoded tokens. They know the anchor among the
+retrieved by its row number, we by its tokens. They can repeat the search; we never do. Ours: texts
+that differ by case and white space only are one text. A step costs 1 + s/2 times SimCSE's, and the
+search an encoding of the corpus and 2·N²·D operations.
 """
 
 import random
@@ -107,7 +107,7 @@ class CARDS(SimCSE):
         weight = candidate_weight(out.ids[:batch], out.ids[2 * batch :],
                                   alpha=self.config.hard_negative_weight)
         own = torch.stack([F.cosine_similarity(anchor, column) for column in retrieved])
-        self.terms = {"retrieved_cosine": own.mean().detach()}    # soon falls, or all is not well
+        self.terms = {"retrieved_cosine": own.mean().detach()}    # falls, if they are learned
         return self.loss_of(anchor, torch.cat([positive, *retrieved]), weight=weight)
 
 

@@ -5,7 +5,7 @@ Unlike SimCSE: the positive is a changed or another text, and every sentence has
     prepare   E positives and E negatives of every sentence, drawn from pools with the chances
                   p_c = w_c / Σ_c w_c,   w_c = r_c / max(e(surface of c), e_min)
                   of a positive r_c = sem if sem >= θ+, of a negative 1 - sem if sem <= θ-, else 0
-                  1 random pair in 1000 has a sem above θ+, and 50 have one above θ-. If θ+ is 0.7,
+                  θ+ is the 99.9 % quantile of sem over random pairs, θ- the 95 %. If θ+ is 0.7,
                   sem 0.95 at e 0.4 weighs 2.4, sem 0.80 at e 0.2 weighs 4.0, sem 0.60 nothing
     views     the sentence, one of its positives and one of its negatives
     loss      InfoNCE; positives of other anchors with sem > θ- are false negatives and left out
@@ -16,8 +16,8 @@ share of its pool with such a surface. `sem` is the cosine of a frozen teacher.
 
 In the style of Miao, Du, Zhang: CIKM 2023, arXiv 2309.07396. The abstract has inverse propensity
 from surface and meaning; formulas, pools, thresholds and defaults are ours, and no code was found.
-A step costs 1.75 of SimCSE's; `prepare` costs 5 encodings of the corpus, 2·N²·D operations, and 50
-to 110 edit distances a sentence.
+A step costs 1.75 times SimCSE's; `prepare` costs 5 encodings of the corpus, 2·N²·D operations and
+50 to 110 edit distances a sentence.
 """
 
 import random
@@ -47,7 +47,7 @@ from papers.views import delete_words, keep, repeat_words
 class Config(settings.Config):
     teacher: str = flag("", "debcse", "judge of meaning; default: the encoder as it starts")
     propensity_bins: int = flag(10, "debcse", "bins of surface similarity; 1: uncorrected", least=1)
-    twin_rate: float = flag(0.25, "debcse", "share of draws where a sentence is its own positive",
+    own_rate: float = flag(0.25, "debcse", "share of draws where a sentence is its own positive",
                             least=0, most=1)
 
 
@@ -151,7 +151,7 @@ def debiased_pairs(corpus: Corpus, vectors: Tensor, words: Tensor, config: Confi
     meaning, surface = measure(pool)
     e, relevance = propensity(pool, surface, bins), meaning.where(meaning >= high, 0)
     chance = inverse_propensity(relevance, surface, e, least=0.02)
-    positives = draw_weighted(pool, chance, torch.arange(n), count, generator, config.twin_rate)
+    positives = draw_weighted(pool, chance, torch.arange(n), count, generator, config.own_rate)
     alone = (~chance.any(dim=1)).float().mean()
 
     pool = negative_pool(corpus.columns[0], nearest, generator)

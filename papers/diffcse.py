@@ -12,12 +12,12 @@ token whether it was replaced. Both views are edited, each with its own masks an
 
 Chuang, Dangovski, Luo et al.: NAACL 2022, arXiv 2204.10298. As in the authors' code, words are the
 likeliest (the abstract has them drawn), and all places are read, not only the masked ones. Unlike
-there, the generator has no dropout, padding has no vote and [SEP] is never replaced. Users who ran
+there, the generator has no dropout, padding changes nothing, and [SEP] is never replaced. Users of
 their script report 75.25 to 77.44 for BERT-base, not 78.49 (issues 8 and 21 of their repository).
 The published averages belong to distilled generators. For RoBERTa that is `--generator
-distilroberta-base`; for BERT it is DistilBERT, which cannot be loaded here. Our default is the
+distilroberta-base`; for BERT it is DistilBERT, whose layout is not read here. Our default is the
 encoder itself, with which their BERT-base has 83.63 on STS-B dev instead of 84.56.
-A step costs about 3 of SimCSE's, or 2.3 with a distilled generator; memory doubles.
+A step costs about 3 times SimCSE's, or 2.3 with a distilled generator; memory doubles.
 """
 
 import random
@@ -47,7 +47,7 @@ class Config(settings.Config):
 
 
 class Projector(nn.Sequential):
-    """The head: no bias, as the means of the batch, of all views together, are taken off (A.1)."""
+    """The head. No bias: batch normalization, of all views together, subtracts the mean (A.1)."""
 
     def __init__(self, width: int):
         super().__init__(nn.Linear(width, 2 * width, bias=False), nn.BatchNorm1d(2 * width),
@@ -135,7 +135,7 @@ def detection_loss(logits: Tensor, replaced: Tensor) -> Tensor:   # (R, 2), (R,)
 
         loss = mean_t  -log softmax(o_t)[y_t],   y_t = 1 where the token is not the original
     """
-    # A mean, as in the authors' code, which λ belongs to; the paper writes a sum.
+    # A mean, as in the authors' code, for which λ was chosen; the paper writes a sum.
     return F.cross_entropy(logits, replaced.long())
 
 

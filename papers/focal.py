@@ -5,8 +5,8 @@ Unlike SimCSE: every cosine is scaled by itself before the temperature divides i
     --loss focal    s·s in place of s for the positive, s·(s + m) for a negative
 
 Hou, Li: Findings of EMNLP 2023, arXiv 2310.06918. The formula, m = 0.3 and the gradient through
-both factors are those of the authors' code. That code encodes hard negatives and leaves them out
-of the loss; here a corpus that has them is refused. A step costs what SimCSE's costs.
+both factors (none is a constant) are those of the authors' code, which leaves hard negatives out of
+the loss; here a corpus with a third column is refused. A step costs what SimCSE's costs.
 """
 
 from dataclasses import dataclass

@@ -1,18 +1,18 @@
 """
-IFND: negatives of the anchor's own cluster are left out, the surest first, in the end all.
+IFND: negatives of the anchor's own cluster are left out, those of surest label first.
 
 Unlike SimCSE: sentences of a batch that probably mean the same do not push each other away.
     rounds    R + 1 rounds of equal length, rows in the order SimCSE has; round 0 is SimCSE
-    refresh   before round r = 1 to R, the encoder clusters the corpus into K and into 4·K clusters;
-              of both kinds of labels, the share ρ r / R of highest confidence is accepted
-    loss      the mean over both K; a candidate that shares an accepted label with the anchor is
+    refresh   before round r = 1 to R, the encoder clusters the corpus into K and into 4·K clusters,
+              so a sentence has two labels; of each kind the surest share, ρ r / R, is accepted
+    loss      the mean over both kinds; a candidate that shares an accepted label with the anchor is
               left out, or becomes a further positive (`attract`); hard negatives stay as they are
 
 In the style of Chen, Hung, Tseng, Chien, Yang: ICLR 2022, arXiv 2106.03719. Their abstract has the
 clusters, the growing acceptance, and both uses of it, for images. Neither full text nor code could
 be had, so confidence, ramp and K are ours. Clusters of Wikipedia are topics, so `attract` makes
 positives of texts that merely share one.
-A step costs as much as SimCSE's; four refreshes of a whole corpus cost two thirds of an epoch.
+A step costs what SimCSE's costs; on top, four refreshes of a corpus take two thirds of an epoch.
 """
 
 import math

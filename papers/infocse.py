@@ -2,10 +2,10 @@
 InfoCSE: the encoder finds its own positives inside documents, and learns to find better ones.
 
 Unlike SimCSE: a positive may be another sentence, of the same cluster of the same document.
-    rounds    R + 1 rounds of as many steps on documents of their own; the first is plain SimCSE
+    rounds    R + 1 rounds of equal length, each on its own documents; the first is plain SimCSE
     refresh   before each later round, the encoder finds clusters and pairs in its documents
     views     the positive is the sentence itself, or one that it makes a positive pair with
-    loss      no sentence is a negative of its own cluster or of an equal text
+    loss      sentences of one cluster, and equal texts, are no negatives of each other
 
 In the style of Yang, Liu, Xiao, Lian, Wu, Lian, Sun, Xie: arXiv 2202.13802, whose abstract has the
 idea that annotation and representation improve each other. A summary by others has the clusters
@@ -44,7 +44,7 @@ class Config(settings.Config):
                                       "where positive pairs begin (recipe)", least=0, below=1)
     largest_cluster: int = flag(8, "infocse", "sentences in a cluster, at most (ours)", least=2,
                                 why=", since one sentence makes no pair")
-    twin_rate: float = flag(0.5, "infocse", "ρ, probability that a sentence with positive pairs "
+    own_rate: float = flag(0.5, "infocse", "ρ, probability that a sentence with positive pairs "
                             "is its own positive (ours)", least=0, most=1)
     mate_temperature: float = flag(0.1, "infocse", "τ_s, temperature of the draw (ours)", above=0)
 
@@ -118,7 +118,7 @@ class InfoCSE(SimCSE):
         anchors, positives = super().views(rows, rng)
         known = zip(self.paired[rows].tolist(), self.chance[rows].tolist())
         for place, (paired, chance) in enumerate(known):
-            if any(chance) and rng.random() >= self.config.twin_rate:
+            if any(chance) and rng.random() >= self.config.own_rate:
                 positives[place] = self.corpus.columns[0][rng.choices(paired, chance)[0]]
         return [anchors, positives]
 
@@ -145,7 +145,7 @@ def can_be_paired(line: str) -> bool:
 
 
 def find_documents(lines: list[str], documents: list[int] | None) -> list[range]:
-    """The rows of each document, cut after 64; without numbers of documents, a title begins one."""
+    """The rows of each document, 64 at most; where the file marks none, each title begins one."""
     titles = list(map(is_title, lines))
     if documents is None and 200 * sum(titles) < len(lines):
         raise ValueError(f"expected documents, found {sum(titles)} titles in {len(lines)} lines, "

@@ -2,12 +2,12 @@
 IS-CSE: a sentence must find its positive, and also a blend of the positive and its neighbours.
 
 Unlike SimCSE: a second InfoNCE has each positive averaged with the nearest positives of the last
-steps. The reason: that every sentence is a class of its own is an over-confident claim.
+steps. The reason: to treat every sentence as a class of its own is over-confident.
     loss    InfoNCE among the positives, and α times InfoNCE among the smoothed ones
 
 He, Zhang, Lan, Zhang: AAAI 2023, arXiv 2305.07424. As in the authors' code, a neighbour may be of
-the same batch. Their code encodes hard negatives and leaves them out of the loss; here a corpus
-that has them is refused. A step costs 1.04 of SimCSE's in the built-in encoder.
+the same batch. Their code leaves hard negatives out of the loss; here a corpus with a third column
+is refused. A step takes 1.04 times as long as SimCSE's with the built-in encoder.
 """
 
 import math

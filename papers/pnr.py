@@ -17,7 +17,7 @@ only is the anchor; the predictor has LayerNorm; and all that measures forgettin
 
 Baselines: `--pseudo-weight 0` is distillation alone, `--distillation-weight 0` is SimCSE with
 pseudo-negatives. Both together are plain fine-tuning: SimCSE on each corpus in turn, bit for bit.
-A step costs 1.2 of SimCSE's, for one forward pass of the previous model.
+A step costs 1.2 times SimCSE's, for one forward pass of the previous model.
 """
 
 from collections.abc import Callable, Iterator, Sequence

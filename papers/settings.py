@@ -26,8 +26,9 @@ class Config(focal.Config):
     head: str = flag("recipe", "what to train", "tanh layer on top: only while training, kept, or "
                      "none (SimCSE Table 6)", ["recipe", "train", "keep", "none"])
 
-    corpus: str = flag("docs", "data", "docs, wiki1m, nli, or a .txt, .csv, .tsv file (or .gz); "
-                       "pnr learns several in turn", several=True)
+    corpus: str = flag("docs", "data", "docs, wiki1m, wiki_docs, wiki_articles, reviews, nli, or a "
+                       ".txt, .csv, .tsv, .jsonl file (or .gz); pnr learns several in turn",
+                       several=True)
     data: str = flag("", "data", "folder with own copies of the data (or MINCSE_DATA)")
     max_tokens: int = flag(32, "data", "length at which training cuts a sentence (SimCSE code)")
     rate: float = flag(0.1, "data", "share of words that a text view changes", least=0, below=1)
@@ -37,7 +38,7 @@ class Config(focal.Config):
                                        least=0)
 
     epochs: int = flag(1, "optimisation", "passes over the corpus (recipe)", least=1)
-    steps: int = flag(0, "optimisation", "number of steps, in place of --epochs", least=0)
+    steps: int = flag(0, "optimisation", "number of steps, in place of --epochs (recipe)", least=0)
     batch_size: int = flag(64, "optimisation", "sentences a step, so negatives + 1 (recipe)",
                            least=2, why=", since the others of a batch are the negatives")
     learning_rate: float = flag(1e-5, "optimisation", "peak; falls to 0 linearly (recipe)", above=0)
@@ -58,7 +59,7 @@ class Config(focal.Config):
                           ["auto", "fp32", "bf16"])
     threads: int = flag(0, "system", "processor threads; 0: all", least=0)
     micro_batch: int = flag(0, "system", "rows of a column encoded at a time: less memory, "
-                            "the same gradient, one more forward pass; 0: all", least=0)
+                            "the same gradient but for dropout, one more pass; 0: all", least=0)
     compile: str = flag("no", "system", "torch.compile the encoder: minutes at first, then fewer "
                         "kernels; draws other dropout; needs a C++ compiler", ["no", "yes"])
 
@@ -78,10 +79,10 @@ def resolve(method: type, given: dict, shape: EncoderConfig, *, columns: int,
     """
     config, supervised = method.Config(**given), columns > 1
     size = "large" if shape.width >= 1024 else "base" if shape.width >= 768 else "small"
-    # SimCSE's code builds a head for [CLS] only. Table 6 compares the vectors below and behind it,
-    # on STS-B dev: without labels 82.5 and 81.7, with labels 85.8 and 86.2. So it goes or stays.
-    # Chen et al. 2020 (SimCLR) guess why: a head drops what the contrast has no need of, and the
-    # vectors below keep it. A contrast of labels may need more of what a test asks for.
+    # SimCSE's code builds a head for [CLS] only. Table 6 compares the vectors before and after it,
+    # on STS-B dev: 82.5 and 81.7 without labels, 85.8 and 86.2 with them. So without labels it is
+    # thrown away, and with them kept. Chen et al. 2020 (SimCLR) guess why: a head drops what the
+    # contrast has no need of, and the vectors before it keep that. With labels it may drop less.
     pooling = given.get("pooling", own.pooling if own else config.pooling)
     head = "none" if pooling != "cls" else "keep" if supervised else "train"
     in_turn = len(names_of(config.corpus)) > 1                    # each corpus to its last step

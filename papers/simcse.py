@@ -18,6 +18,7 @@ Every other page of this folder says what it changes of this one. Words, on all 
     hard negative    similar, but of another meaning; false negative: of the same one after all
     weight      how much a candidate counts, or a term of the loss
     temperature what cosines are divided by: the lower, the more the closest candidates count
+    (recipe)    after a setting: its value depends on the encoder, see `recipes`; else its source
     head        what stands between pooling and loss while training; projection head elsewhere
     teacher     another encoder, trained already and frozen
     step        one batch and one update of the weights

@@ -7,8 +7,8 @@ meant against over-smoothing: a sentence's vectors from deep layers are nearly e
 
 Chen, Shou, Pei, Gong, Cao, Chang, Li, Jiang: ACL 2023, arXiv 2305.06154. As in the authors' code,
 the negatives are lower layers of both views of every sentence, the anchor's own too; the paper uses
-one view, and the second term only (w = 1). Their script sets --pooling mean. A step costs 1.02 of
-SimCSE's in the built-in encoder.
+one view, and the second term only (w = 1). Their script sets --pooling mean. A step takes 1.02
+times as long as SimCSE's with the built-in encoder.
 """
 
 from collections.abc import Callable

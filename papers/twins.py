@@ -6,11 +6,11 @@ Unlike SimCSE: positives are of two kinds, and a loss keeps the gap between them
     views     the sentence, its identical twin (the same text), its fraternal twin (a changed one)
     loss      InfoNCE of both kinds, and how far the gap is from the innate margin
 Identical twins of past batches stay on as negatives in a queue, but only after step 500, since the
-encoder changes too fast before.
+encoder changes too fast before; the 150 steps of a small encoder have no queue.
 
-Xiao, Li, Chen: arXiv 2307.10932 (2023), where it is called IFTCL; known to us by its abstract. In
-the style of: two kinds of positives, the margin and the queue are theirs; formulas, changes of text
-and sizes are ours. A step costs 1.5 of SimCSE's; before the first, every row is encoded twice.
+Xiao, Li, Chen: arXiv 2307.10932 (2023), where it is called IFTCL; known to us by its abstract,
+so in its style only: two kinds of positives, the margin and the queue are theirs; formulas, changes
+of text and sizes are ours. A step costs 1.5 times SimCSE's; before, every row is encoded twice.
 """
 
 import random
@@ -72,7 +72,7 @@ class Twins(SimCSE):
 
     def __init__(self, corpus, config, *, model):
         super().__init__(corpus, config, model=model)
-        # A function, so never saved.
+        # Kept as a function, not as a submodule, so that it is not saved.
         self.teacher = open_teacher(config, corpus) if config.teacher else None
         slots = config.queue_batches * config.batch_size
         self.register_buffer("margins", torch.zeros(len(corpus)))                   # (N,)

@@ -156,7 +156,7 @@ def test_the_teachers_vectors_belong_to_the_draws_and_all_is_in_the_state(prepar
 
 
 def test_a_rate_of_one_leaves_each_its_own_positive_and_a_raw_teacher_is_warned_of(capsys):
-    built = method(twin_rate=1.)
+    built = method(own_rate=1.)
     built.prepare(bag)
     anchor, positive, _ = built.views([4, 2], random.Random(0))
     said = capsys.readouterr().err
@@ -331,7 +331,7 @@ def test_what_the_rules_propose_most_is_drawn_less_often_than_without_correction
     """8 of 10 candidates are neighbours that share hardly a word, 2 are versions that share 8."""
     share = {}
     for bins in (1, 10):
-        config = Config(propensity_bins=bins, twin_rate=0., epochs=20, seed=1)
+        config = Config(propensity_bins=bins, own_rate=0., epochs=20, seed=1)
         share[bins] = (debiased_pairs(*planted(), config)[0] < 300).float().mean().item()
     assert share[10] < .6 * share[1]
 
@@ -344,7 +344,7 @@ def test_pairs_are_a_function_of_the_seed():
 def test_the_smallest_corpus_has_pairs_too():
     vectors, texts = torch.randn(6, 4, generator=generator()), ["a b", "c d"]
     _, negatives, _ = debiased_pairs(corpus_of(texts), vectors, word_numbers(texts * 3, most=9),
-                                     Config(twin_rate=0.))
+                                     Config(own_rate=0.))
     assert negatives.tolist() == [[1, 0]]
 
 
@@ -355,7 +355,7 @@ def test_the_smallest_corpus_has_pairs_too():
 def test_the_defaults_go_by_the_encoders_size(model_type, width, expected):
     config = resolved("debcse", model_type, width)
     assert (config.batch_size, config.learning_rate) == expected
-    assert (config.twin_rate, config.propensity_bins, config.epochs) == (.25, 10, 1)
+    assert (config.own_rate, config.propensity_bins, config.epochs) == (.25, 10, 1)
 
 
 @pytest.mark.parametrize("settings, said", [

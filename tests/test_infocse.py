@@ -298,9 +298,9 @@ def test_half_of_the_time_the_positive_is_another_one_drawn_by_its_chance():
 
 
 def test_the_anchor_is_never_changed_and_who_is_in_no_pair_is_their_own_positive():
-    assert known_pairs(twin_rate=0.).views([0, 4, 1], random.Random(0)) == [
+    assert known_pairs(own_rate=0.).views([0, 4, 1], random.Random(0)) == [
         [LINES[0], LINES[4], LINES[1]], [LINES[1], LINES[4], LINES[0]]]
-    assert known_pairs(twin_rate=1.).views([0, 1, 2], random.Random(0)) == [LINES[:3]] * 2
+    assert known_pairs(own_rate=1.).views([0, 1, 2], random.Random(0)) == [LINES[:3]] * 2
 
 
 @pytest.mark.parametrize("view", ["dropout", "delete-words"])
@@ -520,17 +520,17 @@ def test_a_small_encoder_has_a_stricter_quantile():
     for width, expected in ((256, (128, .95)), (768, (64, .9))):
         config = resolved("infocse", width=width)
         assert (config.batch_size, config.annotation_quantile) == expected
-        assert (config.annotation_rounds, config.largest_cluster, config.twin_rate,
+        assert (config.annotation_rounds, config.largest_cluster, config.own_rate,
                 config.mate_temperature) == (3, 8, .5, .1)
 
 
 @pytest.mark.parametrize("name, value", [
     ("annotation_rounds", 0), ("annotation_quantile", 1.), ("largest_cluster", 1),
-    ("twin_rate", 1.1), ("mate_temperature", 0.)])
+    ("own_rate", 1.1), ("mate_temperature", 0.)])
 def test_values_out_of_range_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match="--" + name.replace("_", "-")):
         check_ranges(Config(**{name: value}))
-    check_ranges(Config(twin_rate=1.))
+    check_ranges(Config(own_rate=1.))
 
 
 # ---- mutual reinforcement -------------------------------------------------------------------
