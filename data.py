@@ -107,7 +107,7 @@ def read_sentences(path: Path) -> tuple[list[Lines], array | None, int]:
 
 
 def read_rows(path: Path, kind: str) -> tuple[list[Lines], None, int]:
-    """Two or three texts a row, or as many as a header of usual names has."""
+    """Two or three texts a row, or as many as a header of usual names (engine/columns.py) has."""
     columns, blank, width, places, lacking = [Lines() for _ in TEXTS], 0, 0, [], []
     for number, row in split_rows(path, kind):
         row = [text.strip() for text in row]

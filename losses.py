@@ -55,7 +55,7 @@ def many_positives(logits: Tensor, positive: Tensor, *, focus: float = 0.0) -> T
     focal loss of Core-tuning (Zhang et al. 2021), whose released code divides by the number of
     columns, not of positives. A logit of -inf takes out a candidate, which must not be a positive.
     """
-    log_p = logits.log_softmax(dim=1).masked_fill(~positive, 0)   # or -inf x 0 would make NaN
+    log_p = logits.log_softmax(dim=1).masked_fill(~positive, 0)   # else -inf x 0 makes NaN
     missing = (-torch.expm1(log_p)).clamp(min=1e-12)              # 1 - p; above 0 for the slope
     each = positive * missing**focus * -log_p                     # (B, C)
     return (each.sum(dim=1) / positive.sum(dim=1)).mean()

@@ -205,9 +205,9 @@ def run(inputs: Inputs, config: Config, folder: Path, *, resume: bool = False,
     """Train and score one seed; `start` is the score of its untrained encoder, where it is known.
 
     The state is saved before the first step, every ten minutes, after the last step, and when the
-    run is asked to stop. A better model waits in a hidden folder until state.pt, which names its
-    step, is replaced; then its files take their places. Each move is atomic: a killed run goes on
-    from a state and a model that belong together, on a processor to the bit. Last is results.json.
+    run is asked to stop. A better model waits in a hidden folder; once the new state.pt names its
+    step, its files move into place. Each move is atomic: a killed run goes on from a state and a
+    model that belong together, on a processor to the bit. results.json is written last.
     """
     with exits(3):
         job, sources = build(inputs, config), run_folder.sources(inputs)

@@ -41,9 +41,9 @@ def document(found: dict[str, Found], args) -> str:
         "# What the papers claim, on planted truth",
         f"Written by `python -m claims`: encoder {args.encoder}, seeds "
         f"{', '.join(map(str, args.seeds))}, {about['processor']} ({about['platform']}), threads: "
-        f"{about['threads']}, torch {about['torch']}. Mean ± standard deviation over seeds; shown "
+        f"{about['threads']}, torch {about['torch']}. Mean ± standard deviation over seeds. Shown "
         "is a difference of the claimed sign with p < 0.05 in a paired, two-sided t-test over "
-        "them. Seeds 0 to 4 were seen while the pages were written: others are fresher evidence.",
+        "them; a negative one goes the other way. Seeds 0 to 4 were seen while this was written.",
         f"{whole} of {len(found)} claims are shown in full. Of {said} statements, "
         f"{said * CHANCE / 2:.0f} would be shown by luck alone.", overview(found), *pages])
 

@@ -141,7 +141,7 @@ def meaning(name: str) -> str:
 
 
 def meanings_of(row: Sequence[str]) -> list[str]:
-    """The meanings of a header; [] where the row is none. pandas gives row numbers no name."""
+    """A header's meanings, else []. pandas leaves the column of row numbers unnamed."""
     found = [meaning(cell) or ("" if cell.strip() else NOTHING if place else
                                IDS) for place, cell in enumerate(row)]
     return found if all(found) and set(found) & set(TEXTS) else []
@@ -166,7 +166,7 @@ def text_places(path: Path, kind: str, row: Sequence[str]) -> list[int]:
         raise ValueError(f"{path}: expected names such as text, or sent0, sent1 and perhaps "
                          f"hard_neg, found {', '.join(map(str, row))[:200]}")
     for place, what in enumerate(found):
-        # Of an object, what has another name is left unread; but labels may say "not a pair".
+        # Other keys of an object are left unread, except labels, which may say "not a pair".
         if what in NO_TEXT and (kind != "jsonl" or len(places) > 1 and what in (LABELS, SCORES)):
             raise ValueError(no_text(path, place, what, row[place]))
     return places

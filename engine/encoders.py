@@ -106,7 +106,7 @@ def translate(tensors: dict[str, Tensor], table: list[tuple[str, str]]) -> dict[
 
 
 def in_thirds(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, but what makes query, key and value at once as the three of a folder."""
+    """The same tensors, what makes query, key and value at once split into a folder's three."""
     found = {}
     for name, tensor in tensors.items():
         parts = ["query", "key", "value"] if "query_key_value" in name else [""]
@@ -176,7 +176,7 @@ def load(folder: str | Path, *, pooling: str | None = None, dropout: float | Non
 def without_heads(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of BERT under today's names, and the names of what stands on it.
 
-    A model of more than BERT says bert. or roberta. before BERT's tensors. The training head of
+    A model beyond BERT has bert. or roberta. before BERT's names. The training head of
     SimCSE's own code, mlp, becomes the pooler, as in the models that it published.
     """
     alone = not any(name.startswith(("bert.", "roberta.")) for name in tensors)

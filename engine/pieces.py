@@ -33,7 +33,7 @@ class Pieces:
                  ) -> list[Tensor]:
         """f(*block, **whole), for an f that makes (V·B, ...) of (V·B, ...) row by row.
 
-        `whole` is what was computed for the whole block to spare f work; a piece goes without.
+        `whole` spares f work, but fits the whole block only; pieces go without it.
         """
         columns = [x.unflatten(0, (self.columns, -1)) for x in block]               # (V, B, ...)s
         rows = columns[0].shape[1]

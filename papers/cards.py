@@ -8,7 +8,7 @@ from the whole corpus join the batch as negatives.
     loss      InfoNCE of the anchors among all positives and all that the batch retrieved
 
 Wang, Ge, Zhang, Yang: SIGIR 2022, arXiv 2206.02457. In the authors' code K counts the sentence
-itself (65 and 9). Their positives are made of decoded tokens. They know the anchor among the
+itself (65 and 9). Their positives are made of decoded tokens. They find the anchor among the
 retrieved by its row number, we by its tokens. They can repeat the search; we never do. Ours: texts
 that differ by case and white space only are one text. A step costs 1 + s/2 times SimCSE's, and the
 search an encoding of the corpus and 2·N²·D operations.
@@ -114,7 +114,7 @@ class CARDS(SimCSE):
 def candidate_weight(anchors: Tensor, retrieved: Tensor, *, alpha: float = 1.0) -> Tensor:
     """How much each candidate counts: (B, T) anchors, (s·B, T) retrieved -> (B, B + s·B).
 
-    What the anchor itself retrieved counts α, a text of the anchor's very tokens 0, all else 1.
+    α for what the anchor itself retrieved, 0 for a text of the anchor's own tokens, else 1.
     """
     batch, each = len(anchors), len(retrieved) // len(anchors)
     own = torch.eye(batch, device=anchors.device).repeat(1, each)                   # (B, s·B)

@@ -15,7 +15,7 @@ A stranger is a random hypothesis of another group. Shares are drawn anew for ev
 In the style of Zhang, Hooi, Hu, Liang, Feng: NeurIPS 2021, arXiv 2102.06605, on labelled images.
 Mixing, its place before the head and the focal loss are theirs; groups for their classes, pairs for
 their classifier, and η are ours. We follow the paper: the released code masks with 0 instead of
-infinity, so that it rarely finds the least similar positive, and only mixtures get a gradient.
+infinity, so that it rarely finds the least similar positive, and sends gradients to mixtures only.
 Counted in operations, a step costs under 3 % more than SimCSE's on the same corpus.
 """
 
@@ -88,7 +88,7 @@ class CoreTuning(SimCSE):
 
     def supervised_contrast(self, anchor: Tensor, given: list[Pairs], mixed: list[Pairs],
                             same: Tensor) -> Tensor:              # -> ()
-        """Every anchor among all given and mixed vectors, after a head that mixing comes before."""
+        """Every anchor among all given and mixed vectors; the head comes after mixing."""
         x = torch.cat([vectors for vectors, _ in given + mixed])                    # (C, D)
         positive = F.pad(same, (0, len(x) - len(anchor)))         # (B, C)
         left_out = torch.zeros_like(positive)                     # (B, C)

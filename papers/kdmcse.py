@@ -1,14 +1,14 @@
 """
 KDMCSE: the less similar a teacher finds two sentences, the harder they must be told apart.
 
-Unlike SimCSE: every negative has a margin, and a pair too similar to the teacher is no negative.
+Unlike SimCSE: every negative has a margin; pairs that the teacher finds too similar are none.
     prepare   the teacher's vectors of all rows, in half precision
     loss      InfoNCE with margins: of the two views, and of each view with the teacher's vectors
 
 Nguyen, Nguyen, Wu, Luu: NAACL 2024, arXiv 2403.17486. In its style only: their teacher is CLIP, and
 captions with images alternate with plain sentences; one text encoder as the teacher of all is ours,
 and so is the threshold `by_chance`. The formula of the margin, grounding and λ are as in the
-authors' code. It differs in two points: all negatives of the other view have the margin 0.15, and
+authors' code. That code differs twice: all negatives of the other view have the margin 0.15, and
 its scripts leave the filter off. A step costs 1.01 times SimCSE's, and before the first the teacher
 encodes the corpus into 2·N·D bytes.
 """

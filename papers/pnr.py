@@ -2,7 +2,7 @@
 PNR: learn one corpus after the other; the previous model is a teacher and gives negatives, too.
 
 Unlike SimCSE: the corpora are learned in turn, a task each. From the second on, a frozen copy of
-the model as the task before left it teaches, and its vectors of the other sentences of the batch
+the model from before the task is the teacher, and its vectors of the other sentences of the batch
 are negatives as well, the "pseudo-negatives".
     __init__    the predictor, from vectors of the present model to those of the previous one
     outer_loop  the tasks, and after each how well every corpus is known
@@ -12,11 +12,11 @@ are negatives as well, the "pseudo-negatives".
 Cha, Cho, Moon: ICML 2024, arXiv 2306.05101, on images; nothing is published on text. The loss is
 that of their MoCo code, with the batch in place of the queue. In their SimCLR code a sentence's own
 vectors are among its pseudo-negatives, and the gradient of the second term reaches z', too. Ours:
-the previous model works without dropout, so it has one view where theirs has two; the first view
-only is the anchor; the predictor has LayerNorm; and all that measures forgetting.
+the previous model works without dropout, so it has one view where theirs has two; only the first
+view is the anchor; the predictor has LayerNorm; and forgetting is measured in our way.
 
 Baselines: `--pseudo-weight 0` is distillation alone, `--distillation-weight 0` is SimCSE with
-pseudo-negatives. Both together are plain fine-tuning: SimCSE on each corpus in turn, bit for bit.
+pseudo-negatives. Both at 0 are plain fine-tuning: SimCSE on each corpus in turn, bit for bit.
 A step costs 1.2 times SimCSE's, for one forward pass of the previous model.
 """
 

@@ -2,8 +2,8 @@
 What can be set for every paper, and where does each default come from?
 
 A field of `Config` is a flag (`batch_size`: --batch-size) with the source of its default. A page
-adds the fields that only it reads. Where a help text says "(recipe)", the default that it shows may
-be replaced by the `recipes` of a page: see `resolve`. A weight of 0 turns a term off.
+adds the fields that only it reads. A default marked "(recipe)" gives way to the `recipes` of the
+paper's page, or of papers/simcse.py: see `resolve`. A weight of 0 turns a term off.
 """
 
 from dataclasses import dataclass, replace

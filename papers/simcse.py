@@ -144,7 +144,7 @@ class SimCSE(nn.Module):
         return settings.count_steps(config, len(corpora[0]))
 
     def _apply(self, move: Callable, recurse: bool = True) -> nn.Module:
-        """Leave `for_views` on the CPU in every move: its thread would wait for the GPU."""
+        """Keep `for_views` on the CPU: the thread of `views` must not wait for the GPU."""
         tables = {name: self._buffers.pop(name) for name in self.for_views}
         super()._apply(move, recurse)
         self._buffers.update(tables)

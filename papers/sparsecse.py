@@ -1,5 +1,5 @@
 """
-SparseCSE: the heads and neurons that hardly move alignment and uniformity are removed.
+SparseCSE: heads and neurons that hardly change alignment and uniformity are removed.
 
     python -m papers.sparsecse runs/simcse --corpus wiki1m --test stsb --sparsity 10 30 50 70
 
