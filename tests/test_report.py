@@ -2,6 +2,8 @@
 
 import csv
 import json
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -81,15 +83,13 @@ def test_simcse_stands_first_also_with_settings_in_its_name(run, groups):
 
 def test_what_a_method_does_not_read_and_what_an_older_version_lacked_tells_nothing_apart(
         run, groups):
-    """Older records have the settings of all methods, and some that are gone: their usual value
-    is what is done now, another is not."""
+    """Older records have the settings of all methods, and some that are gone."""
     run(0, 60., corpus=["x/wiki.txt", "y/reviews.txt"]), run(0, 61., corpus="x/wiki.txt")
     run(1, 62., corpus="x/wiki.txt", order="in-turn", retrieved=3)
-    run(0, 63., corpus="x/wiki.txt", order="together"), run(0, 64., corpus="x/wiki.txt", steps=3)
+    run(0, 64., corpus="x/wiki.txt", steps=3)
     assert {group.name: list(group.averages) for group in groups()} == {
         "simcse, corpus wiki.txt reviews.txt, steps 0": [0],
-        "simcse, corpus wiki.txt, steps 0": [0, 1], "simcse, corpus wiki.txt, steps 3": [0],
-        "simcse, corpus wiki.txt, steps 0, order together": [0]}
+        "simcse, corpus wiki.txt, steps 0": [0, 1], "simcse, corpus wiki.txt, steps 3": [0]}
 
 
 def test_what_is_not_finished_or_of_another_program_is_named_and_left_out(run, groups, capsys):
@@ -168,9 +168,10 @@ def test_it_reads_what_a_real_run_left(program, said, tmp_path, capsys):
     assert f"{found['avg']:.2f}" in said()
 
 
-@pytest.mark.parametrize("folder", ["study", "long"])
-def test_the_tables_of_the_page_are_made_from_the_records_in_results(folder):
-    groups = report.groups_of(report.find_runs([ROOT / "results" / folder]))
+@pytest.mark.parametrize("folders", [["study"], ["long"],
+                                     ["next-door/supervised", "next-door/core-tuning"]])
+def test_the_tables_of_the_page_are_made_from_the_records_in_results(folders):
+    groups = report.groups_of(report.find_runs([ROOT / "results" / each for each in folders]))
     table = report.as_markdown(groups, report.pick_baseline(groups, "")).split("\n\n")[0]
     assert table in (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
 
@@ -201,6 +202,32 @@ def test_the_table_of_the_encoders_has_the_averages_of_their_runs():
         rows = [row for row in csv.DictReader((ROOT / "results/pretrain/after.csv").open())
                 if row["encoder"] == encoder and row["average"]]
         assert " | ".join([rows[0]["raw_average"], *(row["average"] for row in rows)]) in page
+
+
+def spreads(records, places):
+    """Mean ± sample deviation over records of numbers at (keys..., digits)."""
+    for *keys, digits in places:
+        found = [reduce(getitem, keys, record) for record in records]
+        yield f"{np.mean(found):.{digits}f} ± {np.std(found, ddof=1):.{digits}f}"
+
+
+@pytest.mark.parametrize("group, file, places", [
+    *(("fed-" + name, "metrics.jsonl",
+       [(-1, "drift", 3), (-1, "same_class_cosine", 3), (-1, "between_class_cosine", 3),
+        (-1, "participation_ratio", 1), (0, "dev", "avg", 2), (-1, "dev", "avg", 2)])
+      for name in ("ce", "scl", "rcl")),
+    *(("seq-" + name, "results.json",
+       [*(("matrix", "after reviews8k", c, 2) for c in ("wiki8k", "reviews8k", "test")),
+        ("forgetting", 2), ("average", 2)])
+      for name in ("finetuning", "distillation", "pseudo", "pnr")),
+    ("together", "results.json", [("test", "avg", 2)])])
+def test_the_lines_of_the_papers_next_door_have_mean_and_deviation_of_three_seeds(
+        group, file, places):
+    texts = [path.read_text() for path in (ROOT / "results/next-door" / group).glob(f"*/{file}")]
+    records = [[*map(json.loads, text.splitlines())] if file.endswith("l") else json.loads(text)
+               for text in texts]
+    line = " | ".join(spreads(records, places))
+    assert len(records) == 3 and line in (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
 
 
 # ---- luck with seeds ------------------------------------------------------------------------

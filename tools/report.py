@@ -105,9 +105,7 @@ def settings_of(config: dict) -> dict:
     if "method" not in config:
         return config                                             # of a pre-training
     usual = asdict(METHODS[config["method"]].Config())
-    # --order is gone, but "together" trained on all corpora at once, which no setting says today.
-    together = {"order": "together"} if config.get("order") == "together" else {}
-    return {name: config.get(name, value) for name, value in usual.items()} | together
+    return {name: config.get(name, value) for name, value in usual.items()}
 
 
 def groups_of(runs: list[Run]) -> list[Group]:
