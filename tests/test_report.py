@@ -220,6 +220,9 @@ def spreads(records, places):
        [*(("matrix", "after reviews8k", c, 2) for c in ("wiki8k", "reviews8k", "test")),
         ("forgetting", 2), ("average", 2)])
       for name in ("finetuning", "distillation", "pseudo", "pnr")),
+    *(("pruned", "results.json", [("rows", f"{criterion}-{removed}", "average", 2)
+                                  for criterion in ("contribution", "signed", "random")])
+      for removed in (30, 50, 70)),
     ("together", "results.json", [("test", "avg", 2)])])
 def test_the_lines_of_the_papers_next_door_have_mean_and_deviation_of_three_seeds(
         group, file, places):
@@ -228,6 +231,13 @@ def test_the_lines_of_the_papers_next_door_have_mean_and_deviation_of_three_seed
                for text in texts]
     line = " | ".join(spreads(records, places))
     assert len(records) == 3 and line in (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_the_averages_after_longer_training_are_those_of_their_seeds():
+    found, page = {}, (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
+    for row in csv.DictReader((ROOT / "results/longer/seven.csv").open()):
+        found.setdefault(row["run"], []).append(float(row["avg"]))
+    assert len(found) == 3 and all(report.spread(averages) in page for averages in found.values())
 
 
 # ---- luck with seeds ------------------------------------------------------------------------
