@@ -69,9 +69,10 @@ def within_memory(steps: Iterator, config) -> Iterator:
         if not lacks_memory(error):
             raise
         rows = min(config.micro_batch or config.batch_size, config.batch_size)
-        what, advice = ((f"{rows} rows", f"--micro-batch {rows // 2}, which has the same gradient "
-                         "but for dropout") if rows > 1
-                        else ("1 row", "a lower --max-tokens, or a smaller encoder"))
+        what, advice = "1 row", "a lower --max-tokens, or a smaller encoder"
+        if rows > 1:
+            what = f"{rows} rows"
+            advice = f"--micro-batch {rows // 2}, which has the same gradient but for dropout"
         raise MemoryError(f"out of memory with {what} of a column at a time: try "
                           f"{advice}") from None
 

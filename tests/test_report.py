@@ -204,13 +204,6 @@ def test_the_table_of_the_encoders_has_the_averages_of_their_runs():
         assert " | ".join([rows[0]["raw_average"], *(row["average"] for row in rows)]) in page
 
 
-def spreads(records, places):
-    """Mean ± sample deviation over records of numbers at (keys..., digits)."""
-    for *keys, digits in places:
-        found = [reduce(getitem, keys, record) for record in records]
-        yield f"{np.mean(found):.{digits}f} ± {np.std(found, ddof=1):.{digits}f}"
-
-
 @pytest.mark.parametrize("group, file, places", [
     *(("fed-" + name, "metrics.jsonl",
        [(-1, "drift", 3), (-1, "same_class_cosine", 3), (-1, "between_class_cosine", 3),
@@ -226,10 +219,12 @@ def spreads(records, places):
     ("together", "results.json", [("test", "avg", 2)])])
 def test_the_lines_of_the_papers_next_door_have_mean_and_deviation_of_three_seeds(
         group, file, places):
+    """A place is the keys of a number in a record, then the digits shown."""
     texts = [path.read_text() for path in (ROOT / "results/next-door" / group).glob(f"*/{file}")]
     records = [[*map(json.loads, text.splitlines())] if file.endswith("l") else json.loads(text)
                for text in texts]
-    line = " | ".join(spreads(records, places))
+    line = " | ".join(report.spread([reduce(getitem, keys, record) for record in records], digits)
+                      for *keys, digits in places)
     assert len(records) == 3 and line in (ROOT / "docs/RESULTS.md").read_text(encoding="utf-8")
 
 

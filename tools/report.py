@@ -172,10 +172,10 @@ def luck_of(gains: dict[str, list[float]]) -> dict[str, list[str]]:
             for (name, gain), (_, low, high), p in zip(gains.items(), tests, corrected)}
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """Mean ± sample standard deviation, which needs two values."""
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def as_markdown(groups: list[Group], baseline: Group) -> str:
